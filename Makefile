@@ -1,0 +1,94 @@
+# make demo    sets everything up, draws the built-in data set, pre-trains on it, evaluates, writes a report
+# make test    sets everything up, passes the tests
+# make lint    ruff and mypy
+# make bench   the benchmarks, as far as this machine goes; results under benchmarks/results/
+# make gpu     on a machine with a GPU: the GPU tests, then the benchmarks
+# make install only sets up: .venv with the versions of constraints.txt, the compiled operators where a compiler is there
+#
+#   PYTHON=python3.12     the Python to make .venv with (3.11 or 3.12)
+#   STACK=torch211        torch 2.11 for CUDA 13 instead of 2.10 for CUDA 12.8, without DALI, xformers and faiss; in .venv-torch211
+#   PY=python3            run with an environment you have; nothing is installed
+#   ARGS="..."            handed on to the demo, or to pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := install
+.ONESHELL:
+.DELETE_ON_ERROR:
+.PHONY: install demo test lint bench gpu clean
+
+PYTHON ?= python3
+STACK ?= default
+NEEDED_GB := 9
+
+ifeq ($(STACK),default)
+CONSTRAINTS := constraints.txt
+VENV := .venv
+EXTRAS := gpu,dev
+else ifeq ($(STACK),torch211)
+CONSTRAINTS := constraints-torch211.txt
+VENV := .venv-torch211
+EXTRAS := dev
+else
+$(error STACK=$(STACK) is unknown: default or torch211)
+endif
+
+ifdef PY
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed $(VENV)/.extension
+endif
+
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+install: $(READY)
+
+# setuptools first and no build isolation: every version comes from the constraints, those of the build too.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || version=missing
+	case $$version in 3.11|3.12) ;; *)
+	  echo "PersonMAE needs Python 3.11 or 3.12, and $(PYTHON) is $$version. Name another: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; exit 1;;
+	esac
+	if [ ! -d $(VENV)/lib ]; then
+	  free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}')
+	  if [ $$free -lt $(NEEDED_GB) ]; then
+	    echo "The environment takes about $(NEEDED_GB) GB (torch and CUDA's libraries), and $(CURDIR) has $$free GB free: make room, or clone to another disk." >&2; exit 1
+	  fi
+	fi
+	echo "Setting up $(VENV) with Python $$version: some minutes and about $(NEEDED_GB) GB, once."
+	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	$(PY) -m pip install -q -c $(CONSTRAINTS) setuptools
+	PERSONMAE_NO_EXTENSION=1 $(PY) -m pip install -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.extension: $(VENV)/.installed setup.py $(wildcard csrc/*)
+	@$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+demo: $(READY)
+	@$(PY) -m personmae demo $(ARGS)
+
+# Twice: with PYTHONSAFEPATH=1 the folder of a started program is not on the path, as some launchers have it.
+test: $(READY)
+	PYTHONSAFEPATH=1 $(PY) -m pytest -q tests/test_layout.py
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	@for benchmark in $(BENCHMARKS); do echo "$$benchmark"; $(PY) $$benchmark; done
+
+gpu: $(READY)
+	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+	  echo "There is no CUDA device here (torch.cuda.is_available() is False): run this on a machine with an NVIDIA GPU." >&2; exit 1; }
+	$(PY) -m pytest -m gpu $(ARGS)
+	for benchmark in $(BENCHMARKS); do echo "$$benchmark"; $(PY) $$benchmark; done
+
+clean:
+	rm -rf .venv .venv-torch211 build dist ./*.egg-info kernels/*.egg-info kernels/personmae_kernels/_C.*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
