@@ -1,0 +1,14 @@
+// The one place where the compiled operators are named: their schemas, and the Python module whose import registers them.
+// Stable ABI throughout (torch/csrc/stable, limited Python API): the same binary loads in every torch from 2.10 on.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(personmae, m) {
+  m.def(
+      "block_masks(Tensor seeds, Tensor shapes, Tensor ranges, int rows, int columns, int num_visible, int num_tries) -> Tensor");
+}
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Registers the compiled operators with PyTorch.", -1, nullptr};
+  return PyModule_Create(&definition);
+}

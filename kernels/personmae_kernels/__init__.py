@@ -1,0 +1,27 @@
+"""The operators of PersonMAE: each one function with a plain PyTorch reference that is its specification."""
+
+from personmae_kernels.reference import (
+    CellLosses,
+    assemble_tokens,
+    cell_coordinates,
+    feature_loss,
+    gather_visible,
+    patch_loss,
+    patch_rows,
+    patch_targets,
+    region_codes,
+    region_queries,
+)
+
+__all__ = [
+    "CellLosses",
+    "assemble_tokens",
+    "cell_coordinates",
+    "feature_loss",
+    "gather_visible",
+    "patch_loss",
+    "patch_rows",
+    "patch_targets",
+    "region_codes",
+    "region_queries",
+]

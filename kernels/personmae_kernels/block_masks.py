@@ -1,0 +1,145 @@
+"""Block-wise masks with an exact number of hidden patches, one per sample, as occluders would make them.
+
+The generator is BEiT's (Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, algorithm 1), in integers only, so that
+numpy, C++ and Triton agree to the bit on every machine. For one sample with 64-bit seed s, on a grid of Hg rows and Wg columns, K patches
+to hide (K = Hg * Wg - num_visible) and word(k) = draw number k of s (see sample_random):
+
+    hidden = {}                                      left = K
+    for t in 0 .. NUM_TRIES - 1, while left > 0:
+        first, end = the range of block shapes for `left` in the table of the grid
+        h, w = shapes[first + below(word(3 t), end - first)]
+        y, x = below(word(3 t + 1), Hg - h + 1), below(word(3 t + 2), Wg - w + 1)
+        new  = the cells of rows y .. y + h - 1, columns x .. x + w - 1 that are not yet hidden
+        if 0 < |new| <= left:   hide them            left -= |new|
+    hide the `left` cells with the smallest keys of those not yet hidden,
+        key(cell) = word(3 NUM_TRIES + cell), its lowest 16 bits replaced by cell = row * Wg + column
+
+with below(word, n) = (upper 32 bits of word * n) >> 32.
+
+The table. BEiT draws the area a uniformly and the aspect h/w log-uniformly within 0.3 to 1/0.3; since da dlog(h/w) = 2 dh dw, that is a
+uniform draw of the shape (h, w) itself. So the shapes with h <= Hg, w <= Wg and 3 w <= 10 h, 3 h <= 10 w stand sorted by (area, h), and
+a draw is uniform over those whose area lies between min(left, m) and max(left, m). The smallest block m is 12 patches of a 16x8 grid,
+in proportion on smaller ones (3 L / 32), no more on larger ones, rounded down to the area of a shape of the table. A block that exceeds
+what is left is taken where it overlaps earlier ones enough; what the tries leave over is made up by single cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from personmae_kernels import compiled
+from personmae_kernels.sample_random import UInt64Array, draws, integers_below
+
+NUM_TRIES = 32
+MAX_CELLS = 1 << 16
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTable:
+    """The block shapes of a grid: shapes int32 [S, 2] = (h, w); ranges int32 [L + 1, 2] = (first, end) of the shapes for each number left."""
+
+    shapes: npt.NDArray[np.int32]
+    ranges: npt.NDArray[np.int32]
+
+
+@functools.cache
+def block_table(grid: tuple[int, int]) -> BlockTable:
+    """The table of a grid (rows, columns), in integer arithmetic; see the head of the file."""
+    rows, columns = grid
+    cells = rows * columns
+    sides = [(h, w) for h in range(1, rows + 1) for w in range(1, columns + 1) if 3 * w <= 10 * h and 3 * h <= 10 * w]
+    shapes = np.array(sorted(sides, key=lambda side: (side[0] * side[1], side[0])), dtype=np.int32)
+    areas = shapes[:, 0] * shapes[:, 1]
+    smallest = int(areas[areas <= max(1, min(12, 3 * cells // 32))].max())
+    left = np.arange(cells + 1)
+    first = np.searchsorted(areas, np.minimum(left, smallest), side="left")
+    end = np.searchsorted(areas, np.maximum(left, smallest), side="right")
+    return BlockTable(shapes, np.stack([first, end], axis=1).astype(np.int32))
+
+
+def block_masks(seeds: UInt64Array, grid: tuple[int, int], num_visible: int) -> BoolArray:
+    """Block-wise masks of a batch. Computed in C++ where that is built, else in numpy: the bits are the same.
+
+    seeds: uint64 [B], one for each sample. grid: (rows, columns) of patches. num_visible: patches left visible, 0 to rows * columns.
+    Returns bool [B, L], L = rows * columns in row-major order, True = hidden, exactly L - num_visible in each row.
+    Raises TypeError for seeds that are not uint64, ValueError for a shape, grid or count that is out of range.
+    """
+    check_arguments(seeds, grid, num_visible)
+    if os.environ.get("PERSONMAE_OPERATORS") == "reference" or not compiled.available():
+        return block_masks_reference(seeds, grid, num_visible)
+    table = block_table((int(grid[0]), int(grid[1])))
+    words = torch.from_numpy(np.ascontiguousarray(seeds).view(np.int64))
+    shapes, ranges = torch.from_numpy(table.shapes), torch.from_numpy(table.ranges)
+    masks = torch.ops.personmae.block_masks(words, shapes, ranges, int(grid[0]), int(grid[1]), int(num_visible), NUM_TRIES)
+    return masks.numpy()
+
+
+def block_masks_reference(seeds: UInt64Array, grid: tuple[int, int], num_visible: int) -> BoolArray:
+    """The specification of block_masks, in numpy; same arguments, result and errors."""
+    check_arguments(seeds, grid, num_visible)
+    rows, columns = int(grid[0]), int(grid[1])
+    table = block_table((rows, columns))
+    hidden = np.zeros((len(seeds), rows, columns), dtype=np.bool_)
+    left = np.full(len(seeds), rows * columns - num_visible, dtype=np.int64)
+    words = draws(seeds, 3 * NUM_TRIES).reshape(len(seeds), NUM_TRIES, 3)
+    row, column = np.arange(rows)[None, :], np.arange(columns)[None, :]
+    for t in range(NUM_TRIES):
+        (active,) = np.nonzero(left)
+        if len(active) == 0:
+            break
+        shape_word, y_word, x_word = words[active, t].T
+        first, end = table.ranges[left[active]].T.astype(np.int64)
+        height, width = table.shapes[first + integers_below(shape_word, end - first)].T.astype(np.int64)
+        y = integers_below(y_word, rows - height + 1)[:, None]
+        x = integers_below(x_word, columns - width + 1)[:, None]
+        in_rows = (row >= y) & (row < y + height[:, None])
+        in_columns = (column >= x) & (column < x + width[:, None])
+        block = in_rows[:, :, None] & in_columns[:, None, :] & ~hidden[active]
+        num_new = np.count_nonzero(block, axis=(1, 2))
+        taken = (num_new > 0) & (num_new <= left[active])
+        hidden[active[taken]] |= block[taken]
+        left[active[taken]] -= num_new[taken]
+    return hide_single_cells(hidden.reshape(len(seeds), rows * columns), seeds, num_visible)
+
+
+def hide_single_cells(masks: BoolArray, seeds: UInt64Array, num_visible: int) -> BoolArray:
+    """Hides more patches, drawn singly, until `num_visible` are left: the last step of block_masks; from an empty mask, a random mask.
+
+    masks: bool [B, L], True = hidden, at most L - num_visible in a row. seeds: uint64 [B]. Returns bool [B, L].
+    """
+    num_cells = masks.shape[1]
+    left = num_cells - num_visible - np.count_nonzero(masks, axis=1)
+    if (left < 0).any():
+        raise ValueError(f"masks: a row hides {num_cells - num_visible - left.min()} of {num_cells}, more than num_visible={num_visible} allows")
+    (short,) = np.nonzero(left)
+    if len(short) == 0:
+        return masks
+    words = draws(np.asarray(seeds)[short], num_cells, first=3 * NUM_TRIES)
+    cells = np.arange(num_cells, dtype=np.uint64)
+    keys = (words & ~np.uint64(MAX_CELLS - 1)) | cells
+    keys[masks[short]] = np.iinfo(np.uint64).max
+    order = np.argsort(keys, axis=1)
+    extra = np.zeros((len(short), num_cells), dtype=np.bool_)
+    np.put_along_axis(extra, order, np.arange(num_cells)[None, :] < left[short, None], axis=1)
+    result = masks.copy()
+    result[short] |= extra
+    return result
+
+
+def check_arguments(seeds: UInt64Array, grid: tuple[int, int], num_visible: int) -> None:
+    """Raises TypeError or ValueError, naming the argument, for what block_masks does not take."""
+    if not isinstance(seeds, np.ndarray) or seeds.dtype != np.uint64:
+        raise TypeError(f"seeds: a numpy array of uint64 is needed, got {getattr(seeds, 'dtype', type(seeds).__name__)}")
+    if seeds.ndim != 1:
+        raise ValueError(f"seeds: one dimension [B] is needed, got shape {list(seeds.shape)}")
+    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] >= MAX_CELLS:
+        raise ValueError(f"grid: (rows, columns), each at least 1 and fewer than {MAX_CELLS} patches in all, got {tuple(grid)}")
+    if not 0 <= num_visible <= grid[0] * grid[1]:
+        raise ValueError(f"num_visible: 0 to {grid[0] * grid[1]} on a grid of {grid[0]}x{grid[1]}, got {num_visible}")

@@ -1,0 +1,193 @@
+"""The operators in plain PyTorch: the specification, the path on a CPU, and the oracle of the tests.
+
+Axis letters: B batch, L patches of a region, V visible patches, D width, C channels, P values of a patch (C * patch * patch).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FeatureLossKind = Literal["mse", "smooth-l1", "cosine"]
+
+
+class CellLosses(NamedTuple):
+    """What a loss operator returns."""
+
+    total: Tensor  # [] float32, sum over B and L of weights * per_cell; call backward() on this, unscaled
+    per_cell: Tensor  # [B, L] float32, unweighted, without gradient
+
+
+def _cut_patches(values: Tensor, patch_px: int) -> Tensor:  # [B, H, W, C] -> [B, L, C * patch * patch], element order (c, y, x)
+    B, H, W, C = values.shape
+    if H % patch_px or W % patch_px:
+        raise ValueError(f"images of {H}x{W} pixels do not divide into patches of {patch_px}x{patch_px}")
+    cut = values.reshape(B, H // patch_px, patch_px, W // patch_px, patch_px, C)
+    return cut.permute(0, 1, 3, 5, 2, 4).reshape(B, (H // patch_px) * (W // patch_px), C * patch_px * patch_px)
+
+
+def patch_rows(images: Tensor, visible: Tensor | None, patch_px: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised patches of the wanted tokens as rows, ready for one matrix product with the patch embedding.
+
+    images: uint8 [B, H, W, C]. visible: int [B, V] patch numbers (row-major on the grid), or None for all L patches.
+    mean, std: of each channel, on the scale [0, 1]. Returns float32 [B, V, C * patch_px**2] = (image / 255 - mean) / std, in element order
+    (c, y, x), which is that of `nn.Conv2d.weight.view(D, -1)`. Raises TypeError for images that are not uint8 [B, H, W, C].
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise TypeError(f"images must be uint8 [B, H, W, C], not {images.dtype} {tuple(images.shape)}")
+    patches = _cut_patches(images, patch_px)
+    if visible is not None:
+        patches = gather_visible(patches, visible)
+    scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=images.device).repeat_interleave(patch_px * patch_px)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device).repeat_interleave(patch_px * patch_px)
+    return torch.addcmul(-shift, patches.float(), scale)
+
+
+def gather_visible(tokens: Tensor, visible: Tensor) -> Tensor:
+    """The visible tokens of each image. tokens: [B, L, D], visible: int [B, V] -> [B, V, D]."""
+    B, L, D = tokens.shape
+    offsets = torch.arange(B, device=tokens.device)[:, None] * L
+    return tokens.reshape(B * L, D).index_select(0, (visible + offsets).reshape(-1)).reshape(B, visible.shape[1], D)
+
+
+def assemble_tokens(tokens: Tensor, visible: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
+    """The full token grid of a decoder: visible tokens in their places, the mask token elsewhere, positions added to all (He et al., MAE, 2022).
+
+    tokens: [B, V, D]. visible: int [B, V]. mask_token: [D]. positions: [L, D]. Returns [B, L, D].
+    """
+    B, V, D = tokens.shape
+    L = positions.shape[0]
+    offsets = torch.arange(B, device=tokens.device)[:, None] * L
+    grid = mask_token.to(tokens.dtype).expand(B * L, D)
+    grid = grid.index_copy(0, (visible + offsets).reshape(-1), tokens.reshape(B * V, D))
+    return grid.reshape(B, L, D) + positions.to(tokens.dtype)
+
+
+def _sin_cos(values: Tensor, num_channels: int) -> Tensor:  # [...] -> [..., num_channels], base 10000, first all sines
+    half = num_channels // 2
+    frequencies = torch.exp(torch.arange(half, device=values.device, dtype=values.dtype) * (-math.log(10000.0) / half))
+    angles = values[..., None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def cell_coordinates(boxes: Tensor, flips: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where the centres of region B's cells lie on region A's grid of tokens.
+
+    boxes: int [B, 2, 4], (y0, x0, y1, x1) of A and B in pixels of the unflipped image. flips: bool [B, 2], which region is mirrored.
+    grid: (rows, columns). Returns y [B, rows] and x [B, columns], float32:
+        y = (centre_y - y0_A) / h_A * rows - 1/2,    x = (centre_x - x0_A) / w_A * columns - 1/2    (from the right edge where A is mirrored)
+    so that B = A gives y = r and x = c.
+    """
+    rows, columns = grid
+    (ya, xa, ya1, xa1), (yb, xb, yb1, xb1) = boxes[:, 0, :, None].float().unbind(1), boxes[:, 1, :, None].float().unbind(1)
+    r = (torch.arange(rows, device=boxes.device, dtype=torch.float32) + 0.5) / rows
+    c = (torch.arange(columns, device=boxes.device, dtype=torch.float32) + 0.5) / columns
+    y = (yb + r * (yb1 - yb) - ya) / (ya1 - ya) * rows - 0.5
+    centre = torch.where(flips[:, 1, None], xb1 - c * (xb1 - xb), xb + c * (xb1 - xb))
+    offset = torch.where(flips[:, 0, None], xa1 - centre, centre - xa)
+    return y, offset / (xa1 - xa) * columns - 0.5
+
+
+class RegionCodes(NamedTuple):
+    """Where region B lies as seen from region A, in three parts that add up after a linear map."""
+
+    rows: Tensor  # [B, Hg, D / 2] float32, of the row coordinate y of each row of cells
+    columns: Tensor  # [B, Wg, D / 2] float32, of the column coordinate x of each column of cells
+    scale: Tensor  # [B, D] float32, of 10 ln(height ratio) and 10 ln(width ratio), B over A
+
+
+def region_codes(boxes: Tensor, flips: Tensor, grid: tuple[int, int], width: int) -> RegionCodes:
+    """Sine-cosine codes of region B's cells in the token coordinates of region A (Tao et al., Siamese Image Modeling, CVPR 2023, generalised to
+    rectangular grids and to flips of either region).
+
+    boxes: int [B, 2, 4], (y0, x0, y1, x1) of A and B in pixels of the unflipped image. flips: bool [B, 2], which region is mirrored.
+    grid: (rows, columns). width: D, a multiple of 4. Each of the coordinates y, x of `cell_coordinates` and of 10 ln(h_B / h_A), 10 ln(w_B / w_A)
+    gets D / 2 channels.
+    """
+    if width % 4:
+        raise ValueError(f"width must be a multiple of 4, not {width}")
+    y, x = cell_coordinates(boxes, flips, grid)
+    (ya, xa, ya1, xa1), (yb, xb, yb1, xb1) = boxes[:, 0].float().unbind(1), boxes[:, 1].float().unbind(1)
+    ratios = 10.0 * torch.stack([torch.log((yb1 - yb) / (ya1 - ya)), torch.log((xb1 - xb) / (xa1 - xa))], dim=1)
+    return RegionCodes(_sin_cos(y, width // 2), _sin_cos(x, width // 2), _sin_cos(ratios, width // 2).flatten(1))
+
+
+def region_queries(boxes: Tensor, flips: Tensor, grid: tuple[int, int], mask_token: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Decoder queries: the mask token plus the projected relative code of each cell of region B.
+
+    boxes: int [B, 2, 4]. flips: bool [B, 2]. mask_token, bias: [D]. weight: [D, 2 D], over the concatenation (row, column, scale) of
+    `region_codes`. Returns float32 [B, L, D]. The map is linear, so the few distinct rows, columns and scales are projected and added; the codes
+    [B, L, 2 D] are never written.
+    """
+    width = mask_token.shape[-1]
+    codes = region_codes(boxes, flips, grid, width)
+    half = width // 2
+    rows = F.linear(codes.rows, weight[:, :half])
+    columns = F.linear(codes.columns, weight[:, half:width])
+    scale = F.linear(codes.scale, weight[:, width:], bias) + mask_token
+    queries = (rows + scale[:, None])[:, :, None] + columns[:, None]
+    return queries.flatten(1, 2)
+
+
+def patch_targets(
+    images: Tensor, patch_px: int, mean: Sequence[float], std: Sequence[float], per_channel: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """Patches standardised by their own mean and variance: the target of `patch_loss`, for its tests and monitors.
+
+    images: uint8 [B, H, W, C]. Returns float32 [B, L, P] = (t - mean(t)) / sqrt(var(t) + eps), with t = (image / 255 - mean) / std and the
+    unbiased variance over all P values of a patch, or with `per_channel` over each channel's values, biased (Dong et al., BootMAE, 2022).
+    """
+    rows = patch_rows(images, None, patch_px, mean, std)
+    target = rows.unflatten(-1, (images.shape[-1], -1)) if per_channel else rows
+    variance, average = torch.var_mean(target, -1, unbiased=not per_channel, keepdim=True)
+    return ((target - average) * torch.rsqrt(variance + eps)).reshape(rows.shape)
+
+
+def patch_loss(
+    predicted: Tensor,
+    images: Tensor,
+    weights: Tensor,
+    patch_px: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    per_channel: bool = False,
+    eps: float = 1e-6,
+) -> CellLosses:
+    """Squared error against patches standardised by their own mean and variance (He et al., MAE, 2022).
+
+    predicted: [B, L, P], element order (c, y, x). images: uint8 [B, H, W, C]. weights: float32 [B, L]; whatever scales the loss
+    (1 / number of cells, accumulation, ramp) goes in here. The target is that of `patch_targets`.
+    """
+    target = patch_targets(images, patch_px, mean, std, per_channel, eps)
+    per_cell = (predicted.float() - target).square().mean(-1)
+    return CellLosses((per_cell * weights).sum(), per_cell.detach())
+
+
+def feature_loss(
+    predicted: Tensor, target: Tensor, weights: Tensor, kind: FeatureLossKind = "mse", normalise_predicted: bool = True, eps: float = 1e-6
+) -> CellLosses:
+    """Error against the teacher's tokens after a LayerNorm without affine part (Dong et al., BootMAE, 2022).
+
+    predicted, target: [B, L, D]. weights: float32 [B, L], see `patch_loss`. kind: mean over channels of the squared error, of the smooth L1
+    error (beta 1), or 1 - cosine. normalise_predicted: standardise the prediction in the same way. No gradient reaches the target.
+    """
+    width = predicted.shape[-1]
+    with torch.no_grad():
+        target = F.layer_norm(target.float(), (width,), eps=eps)
+    predicted = predicted.float()
+    if normalise_predicted:
+        predicted = F.layer_norm(predicted, (width,), eps=eps)
+    if kind == "mse":
+        per_cell = (predicted - target).square().mean(-1)
+    elif kind == "smooth-l1":
+        per_cell = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+    elif kind == "cosine":
+        per_cell = 1.0 - F.cosine_similarity(predicted, target, dim=-1)
+    else:
+        raise ValueError(f"kind must be mse, smooth-l1 or cosine, not {kind!r}")
+    return CellLosses((per_cell * weights).sum(), per_cell.detach())
