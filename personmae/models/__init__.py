@@ -1,0 +1,1 @@
+"""The networks: encoder, decoders, masks and the geometry of the two regions."""

@@ -1,0 +1,178 @@
+"""The Vision Transformer encoder, with timm's parameter names, on any rectangular grid.
+
+Pre-norm, LayerNorm eps 1e-6, biases on qkv, exact GELU, fixed sine-cosine positions, class token with a zero position: the encoder of MAE
+(He et al., 2022) in timm's names, so that `timm.create_model("vit_small_patch16_224", img_size=(256, 128), num_classes=0)` takes the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from personmae_kernels import gather_visible, patch_rows
+from torch import Tensor, nn
+
+from personmae.configs import UserError
+from personmae.models.attention import Attention
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """Size of an encoder."""
+
+    image_size: tuple[int, int] = (256, 128)  # height, width in pixels
+    patch_px: int = 16
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB on the scale [0, 1]
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_px, self.image_size[1] // self.patch_px
+
+
+def sin_cos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D positions: [rows * columns, width] float32; the first half of the channels codes the row, the second the column, each sines then
+    cosines of the integer coordinate at width / 4 frequencies, base 10000."""
+    if width % 4:
+        raise UserError(f"width must be a multiple of 4 for sine-cosine positions, not {width}")
+    rows, columns = grid
+    frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
+    x = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
+    y = torch.cat([y.sin(), y.cos()], dim=1)[:, None].expand(rows, columns, -1)
+    x = torch.cat([x.sin(), x.cos()], dim=1)[None].expand(rows, columns, -1)
+    return torch.cat([y, x], dim=2).reshape(rows * columns, width).float()
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """The patch projection, kept as a convolution for timm's parameter name and shape."""
+
+    def __init__(self, patch_px: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_px, patch_px)
+
+    def forward(self, rows: Tensor) -> Tensor:  # [B, V, 3 * patch**2] -> [B, V, D]
+        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoded(NamedTuple):
+    """What the encoder gives."""
+
+    tokens: Tensor  # [B, (1 +) V, D], after the last block, before the final norm
+    normed: Tensor  # the same after the final norm
+    first: Tensor  # [B, (1 +) V, D], after the first block
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder for uint8 person crops."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        height, width_px = config.image_size
+        if height % config.patch_px or width_px % config.patch_px:
+            raise UserError(f"image size {height}x{width_px} does not divide into patches of {config.patch_px} pixels")
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.patch_embed = PatchEmbed(config.patch_px, config.width)
+        positions = torch.cat([torch.zeros(1, config.width), sin_cos_positions(config.grid, config.width)])
+        self.register_buffer("pos_embed", positions[None])
+        self.blocks = nn.ModuleList(Block(config.width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a token (timm's name)."""
+        return self.config.width
+
+    def encode(self, images: Tensor, visible: Tensor | None = None, with_class: bool = True) -> Encoded:
+        """Encode whole images, or only their visible patches.
+
+        images: uint8 [B, H, W, 3] RGB. visible: int [B, V] patch numbers, or None for all. with_class: prepend the class token.
+        Token i of the result is the class token (i = 0, if asked for), then the patches in the order of `visible`.
+        """
+        config = self.config
+        if tuple(images.shape[1:]) != (*config.image_size, 3):
+            raise ValueError(f"images must be uint8 [B, {config.image_size[0]}, {config.image_size[1]}, 3], not {tuple(images.shape)}")
+        x = self.patch_embed(patch_rows(images, visible, config.patch_px, config.mean, config.std))
+        positions = self.pos_embed[:, 1:]
+        x = x + (positions if visible is None else gather_visible(positions.expand(len(x), -1, -1), visible))
+        return self._run_blocks(x, with_class)
+
+    def _run_blocks(self, x: Tensor, with_class: bool) -> Encoded:
+        if with_class:
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        first = x
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 0:
+                first = x
+        return Encoded(x, self.norm(x), first)
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """timm's entry: normalised float pixels [B, 3, H, W] -> tokens after the final norm [B, 1 + L, D], class token first."""
+        x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        return self._run_blocks(x, with_class=True).normed
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised float pixels [B, 3, H, W] -> class token after the final norm [B, D]."""
+        return self.forward_features(pixels)[:, 0]
+
+    def describe(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 images [B, H, W, 3] -> features [B, D]: "class" token and "mean" of the patch tokens, both after the final norm."""
+        tokens = self.encode(images).normed
+        return {"class": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
+
+
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """MAE's initialisation: xavier uniform for linear layers (the patch projection taken as linear), zero biases, unit norms, normal(0.02) for
+    tokens. Drawn on the CPU from `generator`, in the order of the modules."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.data.flatten(1), generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.rsplit(".", 1)[-1] in ("cls_token", "mask_token"):
+            nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -1,0 +1,71 @@
+"""Configs to JSON and back, and flags over presets."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from personmae.configs import UserError, differences, from_plain, parse_flags, to_plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: tuple[int, int] = (256, 128)
+    kind: Literal["a", "b"] = "a"
+    rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner = Inner()
+    path: Path | None = None
+    count: int = 3
+    on: bool = False
+
+
+def test_round_trip_through_json():
+    config = Outer(inner=Inner(size=(96, 48), kind="b", rate=2.0), path=Path("x/y"), count=7, on=True)
+    assert from_plain(Outer, json.loads(json.dumps(to_plain(config)))) == config
+
+
+def test_missing_keys_take_defaults_and_whole_numbers_become_floats():
+    config = from_plain(Outer, {"inner": {"rate": 1}})
+    assert config == Outer(inner=Inner(rate=1.0))
+    assert isinstance(config.inner.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"inner": {"sise": 1}}, "inner.sise"),
+        ({"inner": {"kind": "c"}}, "inner.kind"),
+        ({"inner": {"size": [1, 2, 3]}}, "inner.size"),
+        ({"count": "many"}, "count"),
+    ],
+)
+def test_a_wrong_setting_is_named(values, named):
+    with pytest.raises(UserError, match=named):
+        from_plain(Outer, values)
+
+
+def test_differences_name_the_setting():
+    assert differences(Outer(), Outer()) == []
+    assert differences(Outer(), Outer(inner=Inner(rate=2.0), on=True)) == ["inner.rate: 0.5 -> 2.0", "on: False -> True"]
+
+
+PRESETS = {"small": ("a small one", Outer()), "large": ("a large one", Outer(count=30))}
+
+
+def test_flags_over_a_preset():
+    config = parse_flags(PRESETS, ["large", "--inner.size", "12", "6", "--path", "here", "--on", "True"], "prog", "text")
+    assert config == Outer(inner=Inner(size=(12, 6)), path=Path("here"), count=30, on=True)
+
+
+@pytest.mark.parametrize("arguments", [["medium"], ["small", "--cuont", "3"], ["small", "--inner.kind", "c"], ["small", "--count", "x"], []])
+def test_unknown_presets_and_flags_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_flags(PRESETS, arguments, "prog", "text")
+    assert exit_.value.code == 2
+    assert "small" in (text := "".join(capsys.readouterr())) or "--count" in text or "kind" in text
