@@ -1,0 +1,56 @@
+"""AdamW against its formula, decay groups, clipping."""
+
+import numpy as np
+import pytest
+import torch
+
+from personmae.models.decoders import DecoderConfig
+from personmae.models.masked import MaskedConfig, PersonMAE
+from personmae.models.vit import VitConfig
+from personmae.training.optimisers import OptimiserConfig, build_optimiser, clip_gradients, decay_groups, peak_learning_rate, set_learning_rate
+
+DECODER = DecoderConfig(depth=1, width=16, num_heads=2)
+MODEL = MaskedConfig(encoder=VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=1, num_heads=2), pixel_decoder=DECODER, feature_decoder=DECODER)
+
+
+def test_matrices_decay_and_vectors_and_tokens_do_not():
+    model = PersonMAE(MODEL)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, free = ([names[id(p)] for p in group["params"]] for group in decay_groups(model, 0.05))
+    assert sorted(decayed + free) == sorted(names.values())
+    assert "encoder.blocks.0.attn.qkv.weight" in decayed
+    assert "encoder.patch_embed.proj.weight" in decayed
+    assert {"encoder.cls_token", "pixel_decoder.mask_token", "encoder.norm.weight", "encoder.blocks.0.mlp.fc1.bias"} <= set(free)
+    assert all(n.endswith("weight") and "norm" not in n for n in decayed)
+
+
+def test_adamw_follows_its_formula():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    config = OptimiserConfig(weight_decay=0.1, betas=(0.8, 0.9))
+    optimiser = build_optimiser(layer, config)
+    weight = layer.weight.detach().double().numpy().copy()
+    first, second = np.zeros_like(weight), np.zeros_like(weight)
+    for step in range(1, 5):
+        gradient = torch.randn(3, 4)
+        layer.weight.grad, layer.bias.grad = gradient, torch.zeros(3)
+        set_learning_rate(optimiser, 0.01 * step)
+        optimiser.step()
+        g = gradient.double().numpy()
+        first, second = 0.8 * first + 0.2 * g, 0.9 * second + 0.1 * g * g
+        weight -= 0.01 * step * (0.1 * weight + first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.9**step)) + 1e-8))
+    assert np.allclose(layer.weight.detach().numpy(), weight, atol=1e-6)
+
+
+def test_clipping_bounds_the_norm_and_reports_it():
+    layer = torch.nn.Linear(4, 3)
+    layer.weight.grad, layer.bias.grad = torch.full((3, 4), 2.0), torch.full((3,), 1.0)
+    norm = np.sqrt(12 * 4 + 3)
+    assert clip_gradients(layer, None).item() == pytest.approx(norm)
+    assert layer.weight.grad[0, 0] == 2.0
+    assert clip_gradients(layer, 0.5).item() == pytest.approx(norm)
+    assert np.sqrt(layer.weight.grad.square().sum() + layer.bias.grad.square().sum()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert peak_learning_rate(OptimiserConfig(learning_rate=1.5e-4), 4096) == pytest.approx(2.4e-3)
