@@ -1,0 +1,1 @@
+"""The only evaluator of the project: features, ranking, whitening and the protocol that turns them into scores."""
