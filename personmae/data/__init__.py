@@ -1,0 +1,1 @@
+"""Person images: sources, indexes, plans, loaders, and the layouts of ReID data sets."""

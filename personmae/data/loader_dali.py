@@ -1,0 +1,262 @@
+"""The loader on NVIDIA DALI: decodes on the CPU (or with nvJPEG), crops, resizes, flips and recolours in DALI's graph, on the GPU where there is one.
+
+DALI only executes the plan; it owns no order and no randomness. It has no way to skip a bad file: an image that it cannot decode costs the batch,
+and some errors end the pipeline for good. So the contents are checked before they are fed (length and checksum of the index), and should a run of
+the pipeline fail nevertheless, its batch is made on the host instead and a new pipeline takes over from the next one.
+
+Ordinary RGB and grey JPEGs are fed as they are: DALI's CPU decoder gives the bits of simplejpeg. Anything else (PNG, WebP, BMP, CMYK, rare
+subsampling) is decoded by `images.decode` and fed as an uncompressed PPM, so that both loaders see the same pixels.
+
+On a GPU nothing of this has been run yet by the authors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from personmae.data.delivery import Failure, Loader, LoaderConfig, PartPlan, Prepared, RegionBatch, assemble, fetch_or_replace, with_replacements
+from personmae.data.image_index import ImageIndex
+from personmae.data.images import ANTIALIAS_FROM, ERASED_COLOUR, UInt8Array, blur_windows, decode
+from personmae.data.loader_threads import RowPainter
+from personmae.data.plan import BatchPlan, Plan
+
+# So many batches in a row that DALI fails on are no longer about the images.
+_MAX_FAILURES_IN_A_ROW = 3
+_SAMPLES_PER_READ = 16
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """A batch given to DALI: its part, the plan of what is delivered, the encoded images, and the failures met when reading them."""
+
+    part: PartPlan
+    delivered: BatchPlan
+    contents: list[UInt8Array]
+    failures: list[Failure]
+
+
+class DaliLoader(Loader):
+    """Executes the plan with DALI. Parameters as for `ThreadLoader`; with a CPU device DALI runs without a GPU (`device_id=None`).
+
+    recoveries: batches that DALI failed on and the host made instead.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        plan: Plan,
+        config: LoaderConfig,
+        parts: Iterator[PartPlan],
+        *,
+        size: tuple[int, int],
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        self.recoveries = 0
+        self._dali = _import_dali()
+        self._painter = RowPainter(plan, config, size, lambda sample: decode(index.read(sample), index.path(sample)))
+        self._plan = plan
+        self._parts = parts
+        self._size = size
+        self._num_threads = num_threads
+        self._host_decoded: set[int] = set()
+        self._in_use: deque[tuple[torch.cuda.Event, RegionBatch]] = deque()
+        # Fed to DALI and not delivered yet, oldest first; and batches to feed again to the next pipeline.
+        self._outstanding: deque[_Fed] = deque()
+        self._again: deque[_Fed] = deque()
+        where = "CPU"
+        if device.type == "cuda":
+            where = "CPU decoding, GPU sampling" if config.dali_decode == "cpu" else "nvJPEG decoding, GPU sampling"
+        super().__init__(index, config, device, f"DALI {self._dali.__version__}, {where}, {num_threads} threads")
+
+    def _prepare(self) -> Generator[Prepared, None, None]:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        failures_in_a_row = 0
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="files") as readers:
+            pipeline = None
+            while True:
+                if pipeline is None:
+                    pipeline = self._build(readers)
+                try:
+                    outputs = pipeline.run()
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not self._outstanding or failures_in_a_row == _MAX_FAILURES_IN_A_ROW:
+                        raise
+                    failures_in_a_row += 1
+                    self.recoveries += 1
+                    fed = self._outstanding.popleft()
+                    warnings.warn(f"DALI failed on a batch of step {fed.part.step}, which is made on the host instead: {error}", stacklevel=2)
+                    # Which image it was is not known, so none of them goes to DALI's decoder again.
+                    self._host_decoded.update(fed.delivered.samples.tolist())
+                    self._again, self._outstanding = deque([*self._outstanding, *self._again]), deque()
+                    pipeline = None
+                    yield self._make_on_host(fed.part)
+                else:
+                    failures_in_a_row = 0
+                    fed = self._outstanding.popleft()
+                    region_a, region_b = (torch.from_dlpack(output.as_tensor()) for output in outputs[:2])
+                    numbers = outputs[2].as_array()
+                    assert np.array_equal(numbers, fed.delivered.samples), f"DALI delivered samples {numbers}, not {fed.delivered.samples}"
+                    yield Prepared(assemble(fed.part, fed.delivered, region_a, region_b), fed.failures)
+
+    def _build(self, readers: ThreadPoolExecutor) -> Any:
+        def feed() -> list[Any]:
+            # At the end `next` raises StopIteration, which DALI passes on after the batches it still holds.
+            fed = self._again.popleft() if self._again else self._read(next(self._parts), readers)
+            self._outstanding.append(fed)
+            return [fed.contents, fed.delivered.samples, *_graph_inputs(fed.delivered, self._size)]
+
+        plan = self._plan.regions
+        on_gpu = self._device.type == "cuda"
+        graph = self._dali.pipeline_def(enable_conditionals=True)(_regions_graph)
+        pipeline = graph(
+            self._dali,
+            feed,
+            self._size,
+            _Options(plan.has_colour, plan.blur_prob > 0, plan.erasing_prob > 0, on_gpu, on_gpu and self._config.dali_decode == "mixed"),
+            batch_size=self._plan.batch_size,
+            num_threads=self._num_threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=2,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _read(self, part: PartPlan, readers: ThreadPoolExecutor) -> _Fed:
+        def read_some(planned: npt.NDArray[np.int64]) -> list[tuple[int, UInt8Array, list[Failure]]]:
+            epoch = part.plan.epoch
+            fetched = (fetch_or_replace(self._content, self._plan, epoch, int(sample), self._config) for sample in planned)
+            return [(one.sample, one.content, one.failures) for one in fetched]
+
+        planned = part.plan.samples
+        pieces = np.split(planned, range(_SAMPLES_PER_READ, len(planned), _SAMPLES_PER_READ))
+        rows = [row for piece in readers.map(read_some, pieces) for row in piece]
+        samples = np.array([sample for sample, _, _ in rows], dtype=np.int64)
+        delivered = with_replacements(self._plan, part.plan, samples)
+        return _Fed(part, delivered, [content for _, content, _ in rows], [failure for _, _, failures in rows for failure in failures])
+
+    def _content(self, sample: int) -> UInt8Array:  # -> [bytes]
+        """What DALI is fed for a sample: its JPEG, or its pixels as a PPM."""
+        data = self._index.read(sample)
+        if not self._index.plain[sample] or sample in self._host_decoded:
+            pixels = decode(data, self._index.path(sample))
+            data = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def _make_on_host(self, part: PartPlan) -> Prepared:
+        """A batch that DALI failed on, from its plan: all reads and checks again, with strict decoding."""
+        regions = torch.empty((2, len(part.plan), *self._size, 3), dtype=torch.uint8)
+        samples = part.plan.samples.copy()
+        failures = self._painter.paint(part.plan, range(len(samples)), regions.numpy(), samples)
+        delivered = with_replacements(self._plan, part.plan, samples)
+        return Prepared(assemble(part, delivered, regions[0], regions[1]).to(self._device), failures)
+
+    def _to_device(self, batch: RegionBatch) -> RegionBatch:
+        if self._device.type != "cuda":
+            return batch
+        # DALI takes its memory back as soon as Python lets go of it, and knows nothing of kernels of ours that still have to read it. So training
+        # gets a copy made on its own stream, and DALI's tensors are kept until that copy has been made.
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
+        own = batch.clone_regions()
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self._device))
+        self._in_use.append((copied, batch))
+        return own
+
+
+@dataclass(frozen=True)
+class _Options:
+    colour: bool
+    blur: bool
+    erasing: bool
+    on_gpu: bool
+    mixed: bool
+
+
+def _graph_inputs(plan: BatchPlan, size: tuple[int, int]) -> list[npt.NDArray]:
+    """The plan as the graph takes it. For region A, then region B: start and end of the ROI (y, x), swapped in x when flipped; antialias or not;
+    and, where the options are on, colour matrix, blur sigma and window, anchor and shape of the erased box."""
+    erase_boxes = plan.erase_boxes(size)
+    inputs: list[npt.NDArray] = []
+    for region in (0, 1):
+        boxes, flips = plan.boxes[:, region].astype(np.float32), plan.flips[:, region]
+        starts = np.stack([boxes[:, 0], np.where(flips, boxes[:, 3], boxes[:, 1])], axis=1)
+        ends = np.stack([boxes[:, 2], np.where(flips, boxes[:, 1], boxes[:, 3])], axis=1)
+        shrink = np.maximum((boxes[:, 2] - boxes[:, 0]) / size[0], (boxes[:, 3] - boxes[:, 1]) / size[1])
+        inputs += [starts, ends, shrink > ANTIALIAS_FROM]
+        if plan.colour is not None:
+            inputs.append(plan.colour[:, region])
+        if plan.blur_sigma is not None:
+            inputs += [plan.blur_sigma[:, region], blur_windows(plan.blur_sigma[:, region])]
+        if erase_boxes is not None:
+            corners = erase_boxes[:, region].astype(np.float32)
+            inputs += [corners[:, :2], corners[:, 2:] - corners[:, :2]]
+    # DALI takes dense arrays only.
+    return [np.ascontiguousarray(array) for array in inputs]
+
+
+def _regions_graph(dali: Any, feed: Callable[[], list[Any]], size: tuple[int, int], options: _Options) -> Any:
+    """The graph, for DALI's `pipeline_def`: returns regions A and B, uint8 [H, W, 3] each, and the sample number."""
+    fn, types = dali.fn, dali.types
+    kinds = [types.FLOAT, types.FLOAT, types.BOOL]
+    dimensions = [1, 1, 0]
+    if options.colour:
+        kinds, dimensions = [*kinds, types.FLOAT], [*dimensions, 2]
+    if options.blur:
+        kinds, dimensions = [*kinds, types.FLOAT, types.INT32], [*dimensions, 0, 0]
+    if options.erasing:
+        kinds, dimensions = [*kinds, types.FLOAT, types.FLOAT], [*dimensions, 1, 1]
+    inputs = fn.external_source(
+        source=feed,
+        num_outputs=2 + 2 * len(kinds),
+        batch=True,
+        dtype=[types.UINT8, types.INT64, *kinds, *kinds],
+        ndim=[1, 0, *dimensions, *dimensions],
+    )
+    images = fn.decoders.image(inputs[0], device="mixed" if options.mixed else "cpu", output_type=types.RGB, adjust_orientation=False)
+    if options.on_gpu and not options.mixed:
+        images = images.gpu()
+    region_a = _region_graph(dali, images, inputs[2 : 2 + len(kinds)], size, options)
+    region_b = _region_graph(dali, images, inputs[2 + len(kinds) :], size, options)
+    return region_a, region_b, inputs[1]
+
+
+def _region_graph(dali: Any, images: Any, inputs: list[Any], size: tuple[int, int], options: _Options) -> Any:
+    """One region of each image, from its part of `_graph_inputs`."""
+    fn, types = dali.fn, dali.types
+    starts, ends, antialias = inputs[:3]
+    rest = list(inputs[3:])
+    # DALI turns this into a split of the batch: `antialias` is one value for each sample.
+    if antialias:
+        region = fn.resize(images, roi_start=starts, roi_end=ends, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+    else:
+        region = fn.resize(images, roi_start=starts, roi_end=ends, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
+    if options.colour:
+        region = fn.reinterpret(fn.coord_transform(region, MT=rest.pop(0), dtype=types.UINT8), layout="HWC")
+    if options.blur:
+        region = fn.gaussian_blur(region, sigma=rest.pop(0), window_size=rest.pop(0))
+    if options.erasing:
+        region = fn.erase(region, anchor=rest.pop(0), shape=rest.pop(0), axes=(0, 1), fill_value=list(ERASED_COLOUR))
+    return region
+
+
+def _import_dali() -> Any:
+    """The package, with its operators. Any, because its stubs, where it has them, do not describe graphs."""
+    import nvidia.dali
+    import nvidia.dali.fn
+    import nvidia.dali.types
+
+    return nvidia.dali

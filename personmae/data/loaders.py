@@ -1,0 +1,88 @@
+"""Chooses the loader that executes a plan, and says which."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from personmae.configs import UserError
+from personmae.data.delivery import Loader, LoaderConfig, RegionBatch, available_cores, part_plans
+from personmae.data.image_index import ImageIndex
+from personmae.data.loader_threads import ThreadLoader
+from personmae.data.plan import Plan
+
+__all__ = ["Loader", "LoaderConfig", "RegionBatch", "open_loader"]
+
+_DALI_COMMAND = "pip install nvidia-dali-cuda120"
+
+
+def open_loader(
+    index: ImageIndex,
+    plan: Plan,
+    config: LoaderConfig,
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    first_step: int,
+    last_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    local_world_size: int | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Loader:
+    """A loader of the micro-batches of one process, from step `first_step` up to but without `last_step`.
+
+    index, plan: of the same images. size: (H, W) of the regions. device: where the regions are delivered. rank, world_size: of this process.
+    accumulation: micro-batches of a step; each has plan.batch_size / (world_size * accumulation) images. local_world_size: processes on this machine
+    that share its cores (world_size if not given). announce: receives one line, which loader and why; by default printed on rank 0.
+
+    Raises UserError if the batch cannot be cut into equal parts, or if DALI is asked for and missing. Close the loader, or use it in a `with`.
+    """
+    if len(index) != plan.num_samples:
+        raise ValueError(f"the plan is for {plan.num_samples} images, the index has {len(index)}")
+    if announce is None:
+        announce = print if rank == 0 else _say_nothing
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if first_step < last_step:
+        # What is wrong with the parts is better said here than in a thread, later.
+        plan.batch(first_step, rank, world_size * accumulation)
+    parts = part_plans(plan, first_step=first_step, last_step=last_step, rank=rank, world_size=world_size, accumulation=accumulation)
+    num_threads = config.num_threads or max(1, available_cores() // (local_world_size or world_size))
+    kind, why = choose_loader(config.kind, device)
+    loader: Loader
+    if kind == "dali":
+        # DALI is optional, and slow to import.
+        from personmae.data.loader_dali import DaliLoader
+
+        loader = DaliLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads)
+    else:
+        loader = ThreadLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads)
+    announce(f"loader: {loader.description} ({why})")
+    return loader
+
+
+def choose_loader(kind: str, device: torch.device) -> tuple[str, str]:
+    """The loader for a kind of `LoaderConfig` and a training device: ("dali" or "threads", why). Raises UserError if DALI is asked for and
+    missing."""
+    if kind == "dali" and not has_dali():
+        raise UserError(f'the loader "dali" needs NVIDIA DALI, which is not installed: {_DALI_COMMAND}, or choose the loader "threads"')
+    if kind != "auto":
+        return kind, "as asked"
+    if device.type != "cuda":
+        return "threads", "the faster one on a CPU"
+    if has_dali():
+        return "dali", "decodes on the CPU, crops and resizes on the GPU"
+    return "threads", f"DALI is not installed; to use it: {_DALI_COMMAND}"
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed; does not import it."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def _say_nothing(message: str) -> None:
+    del message
