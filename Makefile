@@ -19,7 +19,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 STACK ?= default
-NEEDED_GB := 9
+NEEDED_GB := 10
 
 ifeq ($(STACK),default)
 CONSTRAINTS := constraints.txt

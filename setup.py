@@ -21,7 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 NAME = "personmae_kernels._C"
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch that may load the binary
@@ -66,8 +66,10 @@ def compile_cuda(build_folder: Path) -> tuple[list[str], list[str]]:
             objects.append(str(target))
         # The toolkit's own library folders: nvcc on the path may be a wrapper that lies elsewhere.
         plan = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Skipped(f"nvcc failed: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise Skipped(f"{nvcc} failed, its messages stand above") from error
+    except OSError as error:
+        raise Skipped(f"{nvcc} does not start: {error}") from error
     libraries = [f"-L{folder}" for folder in re.findall(r'"-L([^"]+)"', plan)]
     # Linked statically, so that the binary needs no libcudart of one version and also loads on a machine without CUDA.
     return objects, [*libraries, "-l:libcudart_static.a", "-lrt", "-lpthread", "-ldl"]
@@ -83,7 +85,7 @@ class OptionalExtension(build_ext):
             super().build_extension(ext)
         except Skipped as reason:
             self.leave_out(ext, str(reason))
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:
             self.leave_out(ext, f"no working C++ compiler or Python headers (Debian: g++ python3-dev): {error}")
         else:
             print(f"{NAME}: built, {cuda}")
@@ -114,7 +116,7 @@ class OptionalExtension(build_ext):
 extension = Extension(
     NAME,
     sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-    depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+    depends=sorted(str(path) for pattern in ("*.h", "*.cu") for path in Path("csrc").glob(pattern)),
     include_dirs=["csrc"],
     libraries=["torch_cpu", "c10"],
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)],

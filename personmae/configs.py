@@ -110,5 +110,5 @@ def parse_flags(presets: Mapping[str, tuple[str, Config]], arguments: Sequence[s
         prog=program,
         description=description,
         args=arguments,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )

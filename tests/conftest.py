@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread in each process, so that sums are equal to the bit across processes and a busy machine is not thrashed."""
+"""Shared by all tests: one thread in each process, so that sums are equal to the bit across processes and a busy machine is not thrashed; and tests
+marked `gpu` are skipped where there is none."""
 
 import pytest
 import torch
@@ -7,3 +8,10 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))

@@ -59,7 +59,7 @@ PRESETS = {"small": ("a small one", Outer()), "large": ("a large one", Outer(cou
 
 
 def test_flags_over_a_preset():
-    config = parse_flags(PRESETS, ["large", "--inner.size", "12", "6", "--path", "here", "--on", "True"], "prog", "text")
+    config = parse_flags(PRESETS, ["large", "--inner.size", "12", "6", "--path", "here", "--on"], "prog", "text")
     assert config == Outer(inner=Inner(size=(12, 6)), path=Path("here"), count=30, on=True)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from personmae_kernels import patch_loss, patch_targets
 
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig, PersonMAE, RegionInputs
@@ -72,8 +73,6 @@ def test_what_is_predicted(predict):
     model = PersonMAE(config)
     encoded = model.encoder.encode(batch.region_a, batch.visible)
     predicted = model.predict_pixels(encoded, batch).detach().requires_grad_()
-    from personmae_kernels import patch_loss
-
     per_cell = patch_loss(predicted, batch.region_b, torch.ones(3, 32), 8, ENCODER.mean, ENCODER.std).per_cell
     expected = torch.stack([per_cell[b][chosen[b]].mean() for b in range(3)]).mean()
     assert output.averages[0].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -113,6 +112,17 @@ def test_the_prediction_depends_on_where_b_lies_unless_told_not_to():
         model = PersonMAE(config)
         encoded = model.encoder.encode(batch.region_a, batch.visible)
         assert torch.equal(model.predict_pixels(encoded, batch), model.predict_pixels(encoded, moved)) is same
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_perfect_prediction_is_painted_as_the_image_itself(per_channel, monkeypatch):
+    model = PersonMAE(dataclasses.replace(CONFIG, per_channel_pixels=per_channel))
+    batch = inputs()
+    perfect = patch_targets(batch.region_b, 8, ENCODER.mean, ENCODER.std, per_channel)
+    monkeypatch.setattr(model, "predict_pixels", lambda encoded, inputs: perfect)
+    painted = model.predict_image(batch)
+    assert painted.dtype == torch.uint8
+    assert (painted.int() - batch.region_b.int()).abs().max() <= 1
 
 
 def test_the_encoder_starts_the_same_whatever_the_decoders():

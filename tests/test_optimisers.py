@@ -10,7 +10,8 @@ from personmae.models.vit import VitConfig
 from personmae.training.optimisers import OptimiserConfig, build_optimiser, clip_gradients, decay_groups, peak_learning_rate, set_learning_rate
 
 DECODER = DecoderConfig(depth=1, width=16, num_heads=2)
-MODEL = MaskedConfig(encoder=VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=1, num_heads=2), pixel_decoder=DECODER, feature_decoder=DECODER)
+ENCODER = VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=1, num_heads=2)
+MODEL = MaskedConfig(encoder=ENCODER, pixel_decoder=DECODER, feature_decoder=DECODER)
 
 
 def test_matrices_decay_and_vectors_and_tokens_do_not():

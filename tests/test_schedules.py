@@ -1,5 +1,6 @@
 """Schedules as functions of the step."""
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
     assert rates[:20] == pytest.approx([2.0 * (k + 1) / 20 for k in range(20)])
     assert rates[20] == 2.0 == max(rates)
     assert rates[20:] == pytest.approx([1.0 + math.cos(math.pi * k / 180) for k in range(180)])
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert learning_rate(199, 200, 1.0, ScheduleConfig(final_ratio=0.5)) == pytest.approx(0.5, abs=1e-3)
     assert learning_rate(0, 1, 1.0, CONFIG) == 1.0
 
@@ -31,7 +32,7 @@ def test_momentum_rises_from_start_to_end():
     assert values[0] == 0.99
     assert values[500] == pytest.approx(0.995)
     assert values[-1] == pytest.approx(1.0, abs=1e-6)
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values))
 
 
 def test_length_of_a_run():

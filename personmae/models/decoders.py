@@ -12,11 +12,11 @@ import dataclasses
 from typing import Literal
 
 import torch
-from personmae_kernels import assemble_tokens, gather_visible, region_queries
 from torch import Tensor, nn
 
 from personmae.models.attention import Attention, CrossAttention
 from personmae.models.vit import Block, Mlp, sin_cos_positions
+from personmae_kernels import assemble_tokens, gather_visible, region_queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

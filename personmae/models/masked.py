@@ -11,8 +11,6 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import torch
-from personmae_kernels import feature_loss, patch_loss, patch_rows
-from personmae_kernels.reference import FeatureLossKind
 from torch import Tensor, nn
 
 from personmae.configs import UserError
@@ -20,6 +18,8 @@ from personmae.models.decoders import Decoder, DecoderConfig
 from personmae.models.masking import MaskingConfig
 from personmae.models.regions import HIDDEN, ORIGINS, SEEN, cell_origins
 from personmae.models.vit import Encoded, VisionTransformer, VitConfig, initialise
+from personmae_kernels import feature_loss, patch_loss, patch_rows
+from personmae_kernels.reference import FeatureLossKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from personmae_kernels import cell_coordinates
 from torch import Tensor
+
+from personmae_kernels import cell_coordinates
 
 SEEN, HIDDEN, OUTSIDE = 0, 1, 2
 ORIGINS = ("seen", "hidden", "outside")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,18 @@ class TimmEncoder(nn.Module):
 
         options = {"checkpoint_path": str(weights)} if weights else {"pretrained": True}
         try:
-            self.model = timm.create_model(name, img_size=image_size, num_classes=0, **options)
+            model: Any = timm.create_model(name, img_size=image_size, num_classes=0, **options)
         except (RuntimeError, OSError, TypeError, ValueError) as error:
             raise UserError(f"timm model {name!r} cannot be a teacher at {image_size[0]}x{image_size[1]}: {error}") from error
-        grid_tokens = self.model.patch_embed.num_patches
+        grid_tokens = model.patch_embed.num_patches
         if grid_tokens != num_cells:
             raise UserError(f"teacher {name!r} gives {grid_tokens} patch tokens, the student predicts {num_cells}; choose one of the same patch size")
-        cfg = self.model.pretrained_cfg
+        cfg = model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1))
-        self.num_prefix = self.model.num_prefix_tokens
-        self.width = self.model.num_features
+        self.model = model
+        self.num_prefix: int = model.num_prefix_tokens
+        self.width: int = model.num_features
 
     def forward(self, images: Tensor) -> Tensor:  # uint8 [B, H, W, 3] -> [B, L, E]
         pixels = (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from personmae_kernels import gather_visible, patch_rows
 from torch import Tensor, nn
 
 from personmae.configs import UserError
 from personmae.models.attention import Attention
+from personmae_kernels import gather_visible, patch_rows
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

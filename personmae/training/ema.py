@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MovingAverage:
@@ -15,8 +15,8 @@ class MovingAverage:
         odd = sorted(theirs.keys() ^ ours.keys())
         if odd or not ours:
             raise ValueError(f"teacher and student do not match: {odd[0] if odd else 'there are no parameters'}")
-        self._average = list(ours.values())
-        self._source = [theirs[name] for name in ours]
+        self._average: list[Tensor] = list(ours.values())
+        self._source: list[Tensor] = [theirs[name] for name in ours]
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

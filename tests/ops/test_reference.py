@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from personmae_kernels import assemble_tokens, cell_coordinates, feature_loss, gather_visible, patch_loss, patch_rows, region_codes, region_queries
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -166,7 +167,7 @@ def test_region_queries_are_the_linear_map_of_the_whole_code(grid, D):
 
 def patch_targets_by_loop(images, patch, per_channel):
     rows = rows_by_loop(images, patch)
-    B, L, P = rows.shape
+    B, L, _P = rows.shape
     out = np.zeros_like(rows)
     for b in range(B):
         for cell in range(L):

@@ -1,0 +1,62 @@
+"""The `personmae` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from personmae.configs import user_errors_exit
+
+COMMANDS = {
+    "demo": "draw the built-in data set, pre-train, evaluate, write a report",
+    "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
+    "evaluate": "zero-shot retrieval scores of a run or an encoder file",
+    "mannequins": "draw the built-in data set",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand. An unknown one, like any mistake of the user's, is told in a sentence and exits with 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    with user_errors_exit():
+        _run(command, rest)
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: personmae COMMAND [flags]", "", *lines, "", "personmae COMMAND --help lists its flags"])
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    # Each command's modules are imported when it is called: --help must not wait for torch.
+    import tyro
+
+    program = f"personmae {command}"
+    if command == "pretrain":
+        from personmae import pretrain
+
+        pretrain.main(pretrain.from_command_line(arguments, program))
+    elif command == "demo":
+        from personmae import demo
+        from personmae.recipes import DemoConfig
+
+        demo.main(tyro.cli(DemoConfig, prog=program, description=demo.__doc__, args=arguments))
+    elif command == "evaluate":
+        from personmae.recipes import RetrievalConfig
+        from personmae.tasks import retrieval
+
+        retrieval.main(tyro.cli(RetrievalConfig, prog=program, description=retrieval.__doc__, args=arguments))
+    else:
+        from personmae.recipes import DrawConfig
+        from personmae.tasks import drawing
+
+        drawing.main(tyro.cli(DrawConfig, prog=program, description=drawing.__doc__, args=arguments))

@@ -1,0 +1,168 @@
+"""Whole runs, composed from the parts' own configs: one function per run, named as on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from personmae.data.loaders import LoaderConfig
+from personmae.data.mannequins import MannequinsConfig
+from personmae.data.plan import RegionConfig
+from personmae.models.attention import AttentionKind
+from personmae.models.decoders import DecoderConfig
+from personmae.models.masked import MaskedConfig
+from personmae.models.masking import MaskingConfig
+from personmae.models.teacher import TeacherConfig
+from personmae.models.zoo import ENCODERS
+from personmae.training.optimisers import OptimiserConfig
+from personmae.training.schedules import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the person crops are and how regions are cut from them."""
+
+    source: Path | None = None  # a folder of images (any depth), or a text file with one path a line
+    index_dir: Path | None = None  # where the index of the source is kept; by default in the user's cache
+    regions: RegionConfig = RegionConfig()
+    loader: LoaderConfig = LoaderConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pre-training run."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "custom"  # the recipe's name, for messages and the report
+    run_dir: Path = Path("runs/pretrain")  # folder that the run writes: config, metrics, checkpoints, pictures, report
+    data: DataConfig = DataConfig()
+    model: MaskedConfig = MaskedConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    batch_size: int = 2048  # images of one optimiser step, over all processes and accumulation
+    accumulation: int = 1  # micro-batches in a step of each process
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on a CPU
+    attention: AttentionKind = "auto"
+    deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
+    resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
+    log_every: int = 20  # steps
+    picture_every: int = 2000  # steps between reconstruction pictures
+    checkpoint_every: int = 1000  # steps
+    keep_last: int = 3  # checkpoints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """A zero-shot evaluation."""
+
+    weights: Annotated[Path, tyro.conf.Positional]  # a run folder, or an encoder.safetensors
+    data: Path  # a labelled set in Market-1501's layout: query/ and bounding_box_test/
+    unlabelled: Path | None = None  # images that whitening is fitted on; by default those the run was trained on
+    num_unlabelled: int = 2000  # of them, spread evenly
+    compare: bool = True  # also the same network at random initialisation, and a colour histogram
+    device: str = "auto"
+    batch_size: int = 128
+    num_threads: int = 2  # that read images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """Drawing the built-in data set."""
+
+    folder: Annotated[Path, tyro.conf.Positional]  # a new or empty folder; the same set in it is left as it is
+    mannequins: MannequinsConfig = MannequinsConfig()
+    num_workers: int | None = None  # processes; by default one for each core
+    check: bool = False  # measure how hard the set is: what colours alone and a random network find
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo."""
+
+    folder: Path = Path("demo")  # the data set and the run go here
+    seed: int = 0  # of the pre-training; the data set stays the same
+    steps: int | None = None  # of pre-training; by default those of the vit-nano recipe
+    num_unlabelled: int = 6000  # drawn for pre-training
+    num_test_ids: int = 120  # identities of the test set
+
+
+def _person_mae(encoder: str, decoder_width: int, decoder_heads: int, decoder_depth: int = 2) -> MaskedConfig:
+    decoder = DecoderConfig(width=decoder_width, num_heads=decoder_heads, depth=decoder_depth)
+    return MaskedConfig(encoder=ENCODERS[encoder], pixel_decoder=decoder, feature_decoder=decoder)
+
+
+def _as_mae(config: PretrainConfig) -> PretrainConfig:
+    """The same run as plain MAE: the encoder's own region, masked at random, pixels of the hidden patches only."""
+    model = replace(
+        config.model,
+        target_region="A",
+        predict="masked",
+        losses="pixels",
+        masking=MaskingConfig(kind="random"),
+        pixel_decoder=replace(config.model.pixel_decoder, form="mae"),
+    )
+    return replace(config, model=model)
+
+
+def vit_tiny() -> PretrainConfig:
+    """ViT-T/16, 256x128."""
+    return PretrainConfig(run_dir=Path("runs/vit-tiny"), model=_person_mae("vit-tiny", 192, 6), batch_size=1024)
+
+
+def vit_small() -> PretrainConfig:
+    """ViT-S/16, 256x128."""
+    return PretrainConfig(run_dir=Path("runs/vit-small"), model=_person_mae("vit-small", 256, 8))
+
+
+def vit_base() -> PretrainConfig:
+    """ViT-B/16, 256x128: the size of the paper's results."""
+    return PretrainConfig(run_dir=Path("runs/vit-base"), model=_person_mae("vit-base", 512, 16), batch_size=4096)
+
+
+def vit_large() -> PretrainConfig:
+    """ViT-L/16, 256x128."""
+    return PretrainConfig(run_dir=Path("runs/vit-large"), model=_person_mae("vit-large", 512, 16), batch_size=4096)
+
+
+def vit_nano() -> PretrainConfig:
+    """4 blocks of width 128, patch 16, 128x64: for a laptop's CPU; the run of the demo."""
+    return PretrainConfig(
+        run_dir=Path("runs/vit-nano"),
+        model=_person_mae("vit-nano", 128, 4, decoder_depth=1),
+        batch_size=32,
+        optimiser=OptimiserConfig(learning_rate=1.6e-2),
+        schedule=ScheduleConfig(steps=4000, ema_start=0.99),
+        picture_every=1000,
+        checkpoint_every=500,
+    )
+
+
+def mae_small() -> PretrainConfig:
+    """Plain MAE with ViT-S/16: the baseline of `vit-small`."""
+    return replace(_as_mae(vit_small()), run_dir=Path("runs/mae-small"))
+
+
+def mae_base() -> PretrainConfig:
+    """Plain MAE with ViT-B/16: the baseline of `vit-base`."""
+    return replace(_as_mae(vit_base()), run_dir=Path("runs/mae-base"))
+
+
+def mae_nano() -> PretrainConfig:
+    """Plain MAE at the size of `vit-nano`."""
+    return replace(_as_mae(vit_nano()), run_dir=Path("runs/mae-nano"))
+
+
+_RUNS: tuple[Callable[[], PretrainConfig], ...] = (vit_nano, vit_tiny, vit_small, vit_base, vit_large, mae_nano, mae_small, mae_base)
+
+
+def pretrain_presets() -> dict[str, tuple[str, PretrainConfig]]:
+    """Name on the command line -> (what it is, config)."""
+    names = {run.__name__.replace("_", "-"): run for run in _RUNS}
+    return {name: ((run.__doc__ or "").strip(), replace(run(), preset=name)) for name, run in names.items()}

@@ -1,0 +1,1 @@
+"""The tasks that the weights serve: each file is one readable program."""

@@ -1,0 +1,58 @@
+"""Draw the built-in data set, and measure how hard it is.
+
+personmae mannequins OUT
+personmae mannequins OUT --check
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from personmae.configs import UserError
+from personmae.data.mannequins import draw_mannequins
+from personmae.data.reid import read_market_layout
+from personmae.evaluation.colour_histogram import describe_colours
+from personmae.evaluation.protocol import evaluate
+from personmae.models.vit import VisionTransformer, initialise
+from personmae.models.zoo import ENCODERS
+from personmae.recipes import DrawConfig
+
+# As hard as the real thing: on 250 identities of Market-1501 colours alone reach 9.8 % mAP and a random network 1.7 %
+# (3.2 % whitened).
+COLOUR_MAP = (0.05, 0.20)
+RANDOM_MAP = (0.0, 0.06)
+NUM_WHITENING = 2000
+
+
+def main(config: DrawConfig, say: Callable[[str], object] = print) -> None:
+    """Draw into a folder, and check if asked to. Raises UserError if the set is easier or harder than it should be."""
+    layout = draw_mannequins(config.folder, config.mannequins, num_workers=config.num_workers)
+    say(f"{layout.root}: {read_market_layout(layout.root).describe()}")
+    if config.check and (problems := check_difficulty(layout.root, layout.unlabelled, say)):
+        raise UserError("; ".join(problems))
+
+
+def check_difficulty(root: Path, unlabelled: Path, say: Callable[[str], object]) -> list[str]:
+    """Print the scores of a colour histogram and of a randomly initialised ViT; returns what lies outside its range."""
+    reid_set = read_market_layout(root)
+    paths = sorted(unlabelled.iterdir())
+    encoder = VisionTransformer(ENCODERS["vit-nano"])
+    initialise(encoder, torch.Generator().manual_seed(0))
+    size = encoder.config.image_size
+    chosen = paths[:: max(1, len(paths) // NUM_WHITENING)]
+    colours = evaluate(describe_colours, reid_set, size=size).scores
+    random = evaluate(encoder.eval().describe, reid_set, size=size, unlabelled=chosen).scores
+    problems = []
+    for model, feature, scores, (low, high) in (
+        ("colour histogram", "six stripes", next(iter(colours.values())), COLOUR_MAP),
+        ("random ViT", "mean", random["mean"], RANDOM_MAP),
+        ("random ViT", "mean, whitened", random["mean, whitened"], RANDOM_MAP),
+    ):
+        inside = low <= scores.mAP <= high
+        say(f"{model:17} {feature:15} {scores}  {'as hard as it should be' if inside else 'OUT OF RANGE'} ({low:.0%} to {high:.0%})")
+        if not inside:
+            problems.append(f"{model}, {feature}: mAP {scores.mAP:.2%} lies outside {low:.0%} to {high:.0%}")
+    return problems

@@ -1,0 +1,67 @@
+"""Attention against its formula in float64, and the choice of an implementation."""
+
+import pytest
+import torch
+
+from personmae.configs import UserError
+from personmae.models import attention
+from personmae.models.attention import Attention, CrossAttention, choose_attention
+
+
+def by_formula(q, k, v):  # [N, d], [M, d], [M, d]
+    weights = torch.softmax(q @ k.T / q.shape[-1] ** 0.5, dim=-1)
+    return weights @ v
+
+
+def test_self_attention_is_its_formula_head_by_head():
+    torch.manual_seed(0)
+    layer = Attention(12, 3).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    qkv = x @ layer.qkv.weight.T + layer.qkv.bias
+    for b in range(2):
+        heads = [by_formula(*(qkv[b, :, 12 * part + 4 * h : 12 * part + 4 * h + 4] for part in range(3))) for h in range(3)]
+        expected = torch.cat(heads, dim=1) @ layer.proj.weight.T + layer.proj.bias
+        assert torch.allclose(layer(x)[b], expected, atol=1e-12)
+
+
+def test_cross_attention_is_its_formula_head_by_head():
+    torch.manual_seed(0)
+    layer = CrossAttention(8, 2).double()
+    x, context = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 7, 8, dtype=torch.float64)
+    q, kv = x @ layer.q.weight.T + layer.q.bias, context @ layer.kv.weight.T + layer.kv.bias
+    for b in range(2):
+        heads = [by_formula(q[b, :, 4 * h : 4 * h + 4], kv[b, :, 4 * h : 4 * h + 4], kv[b, :, 8 + 4 * h : 12 + 4 * h]) for h in range(2)]
+        expected = torch.cat(heads, dim=1) @ layer.proj.weight.T + layer.proj.bias
+        assert torch.allclose(layer(x, context)[b], expected, atol=1e-12)
+
+
+def test_the_choice_says_its_reason(monkeypatch):
+    assert choose_attention("auto", torch.device("cpu")).kind == "sdpa"
+    assert "cpu" in choose_attention("auto", torch.device("cpu")).reason
+    with pytest.raises(UserError, match="CUDA only"):
+        choose_attention("xformers", torch.device("cpu"))
+    monkeypatch.setattr(attention, "_xformers_problem", lambda: None)
+    assert choose_attention("auto", torch.device("cuda")).kind == "xformers"
+    assert choose_attention("sdpa", torch.device("cuda")).kind == "sdpa"
+    monkeypatch.setattr(attention, "_xformers_problem", lambda: "xformers is not installed (pip install xformers)")
+    choice = choose_attention("auto", torch.device("cuda"))
+    assert choice.kind == "sdpa"
+    assert "pip install" in choice.reason
+    with pytest.raises(UserError, match="pip install"):
+        choose_attention("xformers", torch.device("cuda"))
+
+
+def test_a_missing_xformers_is_named_with_the_cure(monkeypatch):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    attention._xformers_problem.cache_clear()
+    try:
+        assert "pip install" in (attention._xformers_problem() or "")
+    finally:
+        attention._xformers_problem.cache_clear()
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(UserError, match="5 heads"):
+        Attention(12, 5)
+    with pytest.raises(UserError, match="5 heads"):
+        CrossAttention(12, 5)
