@@ -1,4 +1,4 @@
-"""Zero-shot scores of pre-training on the demo's data over seeds: python benchmarks/accuracy.py [--seeds 0 1 2] [-- FLAGS OF THE PRETRAIN PROGRAM]
+"""Zero-shot scores of pre-training on the demo's data over seeds: python benchmarks/accuracy.py [--seeds 0 1 2] [-- PRETRAIN FLAGS]
 
 Draws the demo's data, pre-trains a preset for each seed, and evaluates each by the one protocol. A run that is already in the folder is taken as it is.
 """

@@ -1,7 +1,7 @@
 """Images per second of the pre-training step alone, data already on the device: python benchmarks/throughput.py [PRESET ...]
 
-One step is what `personmae/pretrain.py` does in one: masks, teacher, both decoders, backward, clipping, AdamW, moving average. The presets take turns,
-so that a busy machine slows all alike.
+One step is what `personmae/pretrain.py` does in one: masks, teacher, both decoders, backward, clipping, AdamW, moving average. The presets take
+turns, so that a busy machine slows all alike.
 """
 
 from __future__ import annotations
@@ -104,11 +104,9 @@ def noise_batch(config: PretrainConfig) -> RegionBatch:
     chosen = Plan(sides[0], sides[1], config.batch_size, 0, config.data.regions).batch(0, 0, 1)
     shape = (config.batch_size, *config.model.encoder.image_size, 3)
     generator = torch.Generator().manual_seed(0)
-    regions = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2)]
-    samples = torch.from_numpy(chosen.samples)
-    return RegionBatch(
-        *regions, torch.from_numpy(chosen.boxes), torch.from_numpy(chosen.flips), samples, samples, epoch=0, step=0, micro=0
-    )
+    region_a, region_b = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2))
+    boxes, flips, samples = (torch.from_numpy(values) for values in (chosen.boxes, chosen.flips, chosen.samples))
+    return RegionBatch(region_a, region_b, boxes, flips, samples, samples, epoch=0, step=0, micro=0)
 
 
 if __name__ == "__main__":

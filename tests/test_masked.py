@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from personmae_kernels import patch_loss, patch_targets
 
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig, PersonMAE, RegionInputs
@@ -12,6 +11,7 @@ from personmae.models.masking import MaskingConfig
 from personmae.models.regions import HIDDEN, SEEN, cell_origins
 from personmae.models.teacher import TeacherConfig, build_teacher
 from personmae.models.vit import VitConfig
+from personmae_kernels import patch_loss, patch_targets
 
 ENCODER = VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=2, num_heads=2)
 DECODER = DecoderConfig(depth=1, width=16, num_heads=2)
