@@ -1,6 +1,7 @@
-"""Zero-shot scores of pre-training on the demo's data over seeds: python benchmarks/accuracy.py [--seeds 0 1 2] [-- PRETRAIN FLAGS]
+"""Zero-shot scores of pre-training on the demo's data over seeds: python benchmarks/accuracy.py [-- PRETRAIN FLAGS]
 
-Draws the demo's data, pre-trains a preset for each seed, and evaluates each by the one protocol. A run that is already in the folder is taken as it is.
+Draws the demo's data, pre-trains a preset for each seed, and evaluates each by the one protocol. A run that is already in the folder is taken as
+it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, spread, write_result
 from personmae import demo, pretrain
-from personmae.configs import user_errors_exit
+from personmae.configs import UserError, user_errors_exit
 from personmae.recipes import DemoConfig, RetrievalConfig
 from personmae.tasks import retrieval
 
@@ -43,12 +44,15 @@ def main() -> None:
 
 
 def evaluate_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one seed, with the seconds that pre-training took (0 if it was there already)."""
+    """The rows of one seed, with the seconds that this call spent on pre-training (few if the run was there already)."""
     data = demo.draw(DemoConfig(folder=options.folder))
     run_dir = options.folder / f"{options.name}-seed{seed}"
     where = ["--data.source", str(data.unlabelled), "--run-dir", str(run_dir), "--seed", str(seed)]
     started = time.perf_counter()
-    pretrain.main(pretrain.from_command_line([options.preset, *where, *options.flags]))
+    config = pretrain.from_command_line([options.preset, *where, *options.flags])
+    done = pretrain.main(config)
+    if done < (config.schedule.steps or 0):
+        raise UserError(f"stopped at step {done}; the same command continues")
     seconds = time.perf_counter() - started
     rows = retrieval.main(RetrievalConfig(weights=run_dir, data=data.root))
     return [{"seed": seed, "pretraining_seconds": round(seconds), **row} for row in rows]

@@ -27,6 +27,7 @@ from personmae.models.attention import choose_attention, set_attention
 from personmae.recipes import PretrainConfig, pretrain_presets
 from personmae.training.ema import MovingAverage
 from personmae.training.optimisers import build_optimiser, clip_gradients, set_learning_rate
+from personmae.training.precision import autocast
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     default = ["vit-small", "vit-base", "mae-small"] if cuda else ["vit-nano", "mae-nano", "vit-tiny"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", choices=[*presets, []], default=default, metavar="PRESET", help=f"of {', '.join(presets)}")
+    parser.add_argument("presets", nargs="*", default=default, metavar="PRESET", help=f"of {', '.join(presets)}")
     parser.add_argument("--batch-size", type=int, default=1024 if cuda else 64)
     parser.add_argument("--num-steps", type=int, default=20 if cuda else 5, help="steps timed in each turn")
     parser.add_argument("--num-turns", type=int, default=3)
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, help="of PyTorch on a CPU; by default its own choice")
     parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json")
     options = parser.parse_args()
+    if unknown := [name for name in options.presets if name not in presets]:
+        parser.error(f"unknown preset {unknown[0]!r}; choose of {', '.join(presets)}")
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     results = compare({name: presets[name] for name in options.presets}, options)
@@ -76,18 +79,18 @@ def prepare(config: PretrainConfig, batch_size: int, device: torch.device, preci
     """The step of a run as a function without arguments, on one batch of noise with real boxes and masks."""
     config = dataclasses.replace(config, batch_size=batch_size)
     model, teacher = pretrain.build_models(config)
-    attention = choose_attention("auto", device)
+    attention = choose_attention("auto", device, precision)
     for part in (model, teacher):
         part.to(device)
         set_attention(part, attention.kind)
     average = MovingAverage(teacher.encoder, model.encoder)
     optimiser = build_optimiser(model, config.optimiser)
     set_learning_rate(optimiser, 1e-4)
-    batch = noise_batch(config)
+    batch = noise_batch(config).to(device)
 
     def step() -> None:
         inputs = pretrain.to_inputs(batch, config, device)
-        with pretrain.autocast(device, precision):
+        with autocast(device, precision):
             features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
             model(inputs, features).total.backward()
         clip_gradients(model, config.optimiser.clip_norm)

@@ -23,14 +23,19 @@ class UserError(ValueError):
     """A mistake that the user can mend: a path, a flag, a file. The message names the value and the cure; programs print it and exit with 2."""
 
 
+class ToldElsewhere(UserError):
+    """A mistake that another process of the run has met and tells."""
+
+
 @contextlib.contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Around a program: a UserError is printed on one line (by the first process alone) and the program exits with 2."""
+    """Around a program: a UserError is printed on one line, by the process that met it, and the program exits with 2."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, ToldElsewhere):
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

@@ -6,10 +6,7 @@ python personmae/pretrain.py vit-nano --data.source CROPS          one process, 
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from personmae.configs import UserError, differences, from_plain, parse_flags, to_plain, user_errors_exit
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.images import UnreadableImage, read_image, sample_box
+from personmae.data.kept_index import keep_index, read_kept_index
 from personmae.data.loaders import RegionBatch, open_loader
-from personmae.data.plan import Plan
+from personmae.data.plan import BatchPlan, Plan
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.masked import MaskedOutput, PersonMAE, RegionInputs
 from personmae.models.masking import draw_masks
@@ -29,16 +27,19 @@ from personmae.models.teacher import Teacher, build_teacher
 from personmae.models.vit import VisionTransformer
 from personmae.models.weights import save_encoder
 from personmae.recipes import PretrainConfig, pretrain_presets
-from personmae.training.checkpoints import Checkpoint, load_newest, restore_module, restore_optimiser, save_checkpoint
+from personmae.training.checkpoints import Checkpoint, list_checkpoints, load_newest, restore_module, restore_optimiser, save_checkpoint
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import describe_environment
-from personmae.training.logbook import Logbook, check_run_dir
+from personmae.training.logbook import Logbook, check_run_dir, explained_write
 from personmae.training.optimisers import build_optimiser, clip_gradients, peak_learning_rate, set_learning_rate
+from personmae.training.precision import autocast, check_finite, make_deterministic, synchronised
 from personmae.training.pretraining_metrics import pretraining_monitors, step_losses
 from personmae.training.processes import Processes, StopSignal, start_processes
+from personmae.training.quarantine import Quarantine
 from personmae.training.schedules import ema_momentum, feature_ramp, learning_rate, num_steps
 from personmae.visuals.reconstructions import reconstruction_picture
 from personmae.visuals.report import write_report
+from personmae_kernels import compiled
 from personmae_kernels.sample_random import Stream, sample_seeds
 
 NUM_PICTURED = 8
@@ -72,17 +73,17 @@ def main(config: PretrainConfig) -> int:
             make_deterministic(device)
         if config.data.source is None:
             raise UserError("no images were given; add --data.source FOLDER (or a text file with one path a line)")
-        # Before the index is built: a run folder that cannot be written would waste that time.
+        # What the run is over and where it stands: found by the main process, the same in all.
+        index = processes.from_main(lambda: open_index(config))
         with processes.main_first():
-            if processes.is_main:
-                check_run_dir(config.run_dir)
-        with processes.main_first():
-            say = print if processes.is_main else silence
-            index = build_index(config.data.source, config.data.index_dir, progress=processes.is_main, announce=say)
-        plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions)
-        total = num_steps(config.schedule, plan.steps_per_epoch)
-        saved = load_to_resume(config, index, processes)
+            plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions)
+            plan.batch(0, 0, processes.world_size * config.accumulation)
+            saved = load_to_resume(config, index, print if processes.is_main else silence)
         first = saved.step if saved else 0
+        check_agreement(processes, first)
+        total = num_steps(config.schedule, plan.steps_per_epoch)
+        peak = peak_learning_rate(config.optimiser, config.batch_size)
+        pictured = plan.for_samples(0, plan.step_samples(0)[:NUM_PICTURED])
 
         logbook = Logbook(
             config.run_dir,
@@ -97,10 +98,10 @@ def main(config: PretrainConfig) -> int:
         )
         with logbook:
             logbook.announce(f"{config.preset}: {total} steps of {config.batch_size} images on {processes.description}")
-            attention = choose_attention(config.attention, device)
-            logbook.announce(f"attention: {attention.kind} ({attention.reason})")
             precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-            logbook.announce(f"precision: {precision}")
+            attention = choose_attention(config.attention, device, precision, config.deterministic)
+            logbook.announce(f"attention: {attention.kind} ({attention.reason}); precision: {precision}")
+            logbook.announce("masks: compiled" if compiled.available() else f"masks: numpy ({compiled.why_missing()})")
 
             # The model, its teacher and its optimiser.
             model, teacher = build_models(config)
@@ -127,19 +128,21 @@ def main(config: PretrainConfig) -> int:
                 last_step=total,
                 rank=processes.rank,
                 world_size=processes.world_size,
+                local_world_size=processes.local_world_size,
                 accumulation=config.accumulation,
                 announce=logbook.announce,
             )
-            step, stopped = first, False
+            quarantine = Quarantine(
+                config.run_dir, len(index), config.data.loader.max_bad_ratio, processes.is_main, logbook.announce
+            )
+            step, stopped, told = first, False, 0
             # Signals are caught from here on: before the first step there is nothing to save.
             with StopSignal(processes) as stop, loader:
                 batches = iter(loader)
                 logbook.start_clock(first, loader.wait_seconds)
                 while step < total and not stopped:
                     ramp = feature_ramp(step, total, config.schedule)
-                    rate = learning_rate(
-                        step, total, peak_learning_rate(config.optimiser, config.batch_size), config.schedule
-                    )
+                    rate = learning_rate(step, total, peak, config.schedule)
                     momentum = ema_momentum(step, total, config.schedule)
                     looked_at = (step + 1) % config.log_every == 0 or step + 1 == total
 
@@ -147,9 +150,10 @@ def main(config: PretrainConfig) -> int:
                     for micro in range(config.accumulation):
                         batch = next(batches)
                         inputs = to_inputs(batch, config, device)
-                        with synchronised(trained, micro + 1 == config.accumulation), autocast(device, precision):
-                            features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
-                            output: MaskedOutput = trained(inputs, features, ramp, 1.0 / config.accumulation)
+                        with synchronised(trained, micro + 1 == config.accumulation):
+                            with autocast(device, precision):
+                                features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
+                                output: MaskedOutput = trained(inputs, features, ramp, 1.0 / config.accumulation)
                             output.total.backward()
                         outputs.append(output._replace(total=output.total.detach()))
                     norm = clip_gradients(model, config.optimiser.clip_norm)
@@ -165,43 +169,56 @@ def main(config: PretrainConfig) -> int:
                         "learning_rate": rate,
                         "feature_weight": ramp * config.model.feature_weight,
                         "ema_momentum": momentum,
-                        "replaced_images": float(len(loader.quarantine)),
+                        "quarantined_images": float(len(quarantine)),
                     }
                     if looked_at:
                         latest |= pretraining_monitors(config.model, inputs, features)
+                    pictures_due = processes.is_main and (step % config.picture_every == 0 or step == total)
+                    if pictures_due and features is not None:
+                        # What the feature loss is against another image's targets: far above, or it has learned nothing of the image.
+                        with torch.no_grad(), autocast(device, precision):
+                            latest["loss_features_shuffled"] = model(inputs, features.roll(1, 0)).averages[1]
                     stopped = stop.requested()
+                    checkpoint_due = step % config.checkpoint_every == 0 or stopped or step == total
                     line = logbook.log(
                         step,
                         {**step_losses(outputs, config.model), "gradient_norm": norm},
                         latest,
                         wait_seconds=loader.wait_seconds,
-                        last=stopped or step == total,
+                        last=checkpoint_due,
                     )
-                    if line and not math.isfinite(line["loss"]):
-                        raise UserError(
-                            f"the loss is {line['loss']} at step {step}; nothing was saved since the last checkpoint. "
-                            "Continue from it with a lower --optimiser.learning-rate in a new run, or with --precision fp32"
-                        )
-                    if step % config.checkpoint_every == 0 or stopped or step == total:
+                    if line:
+                        check_finite(line, step)
+                        met = processes.all_gather(loader.quarantine[told:])
+                        told = len(loader.quarantine)
+                        quarantine.add(step, [entry for entries in met for entry in entries])
+                    if checkpoint_due:
                         with processes.main_first():
                             if processes.is_main:
                                 state = checkpoint_state(config, index, model, teacher, optimiser)
                                 save_checkpoint(config.run_dir / "checkpoints", step, state, config.keep_last)
-                    if processes.is_main and (step % config.picture_every == 0 or step == total):
-                        draw_reconstructions(model, index, plan, config, device, step)
+                    if pictures_due:
+                        with autocast(device, precision):
+                            draw_reconstructions(model, index, pictured, config, device, step)
 
-            if processes.is_main:
-                notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step)}
-                save_encoder(config.run_dir / "encoder.safetensors", model.encoder, notes)
-                if config.teacher.kind == "ema":
-                    save_encoder(config.run_dir / "teacher.safetensors", teacher.encoder, notes)  # type: ignore[arg-type]
-                report = write_report(config.run_dir)
-                if stopped and step < total:
-                    logbook.announce(f"stopped at step {step} of {total}; the same command continues from there")
-                else:
-                    logbook.announce(f"done: {config.run_dir / 'encoder.safetensors'}, report {report}")
-            processes.barrier()
+            with processes.main_first():
+                if processes.is_main:
+                    logbook.announce(finish(config, model, teacher, step, total))
             return step
+
+
+def finish(config: PretrainConfig, model: PersonMAE, teacher: Teacher, step: int, total: int) -> str:
+    """Write the weights and the report; returns the sentence that says how the run ended."""
+    notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step)}
+    weights = config.run_dir / "encoder.safetensors"
+    with explained_write(config.run_dir):
+        save_encoder(weights, model.encoder, notes)
+        if isinstance(teacher.encoder, VisionTransformer) and config.teacher.kind == "ema":
+            save_encoder(config.run_dir / "teacher.safetensors", teacher.encoder, notes)
+        report = write_report(config.run_dir)
+    if step < total:
+        return f"stopped at step {step} of {total}; the same command continues from there"
+    return f"done: {weights}, report {report}"
 
 
 def build_models(config: PretrainConfig) -> tuple[PersonMAE, Teacher]:
@@ -226,29 +243,18 @@ def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) 
         masks.mask,
         masks.visible,
     )
-    return RegionInputs(*(tensor.to(device, non_blocking=True) for tensor in inputs))
-
-
-@contextlib.contextmanager
-def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged between processes in the last micro-batch of a step alone."""
-    with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-        yield
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast, or nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    # From pageable memory a copy makes the host wait, whatever is asked.
+    pinned = [tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor for tensor in inputs]
+    return RegionInputs(*(tensor.to(device, non_blocking=True) for tensor in pinned))
 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: PersonMAE, index: ImageIndex, plan: Plan, config: PretrainConfig, device: torch.device, step: int
+    model: PersonMAE, index: ImageIndex, chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int
 ) -> None:
-    """A picture of the same few images at every call: region A masked, region B, and B as predicted."""
+    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing."""
     if config.model.losses == "features":
         return
-    chosen = plan.for_samples(0, plan.step_samples(0)[:NUM_PICTURED])
     size = config.model.encoder.image_size
     regions, rows = [], []
     for row, sample in enumerate(chosen.samples):
@@ -276,8 +282,9 @@ def draw_reconstructions(
         target=config.model.target_region,
     )
     path = config.run_dir / "pictures" / f"reconstruction_{step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with explained_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
 def checkpoint_state(
@@ -293,31 +300,59 @@ def checkpoint_state(
     }
 
 
-def load_to_resume(config: PretrainConfig, index: ImageIndex, processes: Processes) -> Checkpoint | None:
+def open_index(config: PretrainConfig) -> ImageIndex:
+    """The images of the run: of a run that goes on those that it began with, else those that can be read now.
+
+    Raises UserError if the run folder cannot be written or the source holds no image.
+    """
+    check_run_dir(config.run_dir)
+    assert config.data.source is not None
+    kept = config.run_dir / "index.npz"
+    goes_on = bool(list_checkpoints(config.run_dir / "checkpoints")) and kept.exists()
+    if goes_on:
+        began_with = read_kept_index(kept)
+        if began_with.source == config.data.source.absolute():
+            print(f"images: the {len(began_with.index)} that the run began with ({kept})")
+            return began_with.index
+    index = build_index(config.data.source, config.data.index_dir)
+    if not goes_on:
+        keep_index(config.data.source, index, kept)
+    return index
+
+
+def check_agreement(processes: Processes, first: int) -> None:
+    """Raises UserError if the processes would go on from different steps: then they do not see the same run folder."""
+    firsts = processes.all_gather(first)
+    if len(set(firsts)) > 1:
+        raise UserError(
+            f"the processes found checkpoints of different steps ({sorted(set(firsts))}): the run folder must be on a disk "
+            "that all machines share"
+        )
+
+
+def load_to_resume(config: PretrainConfig, index: ImageIndex, say: Callable[[str], object]) -> Checkpoint | None:
     """The newest good checkpoint of the run folder, checked against this run; None to start from nothing.
 
     Every process reads the same file. Raises UserError if it is of other settings or other images, or if the folder
     holds checkpoints and the run was told not to continue.
     """
     folder = config.run_dir / "checkpoints"
-    saved: Checkpoint | None = None
-    with processes.main_first():
-        saved = load_newest(folder, print if processes.is_main else silence)
-        if saved is None:
-            return None
-        if config.resume == "never":
-            raise UserError(f"{folder} holds checkpoints and --resume is never; choose another --run-dir, or remove it")
-        changed = changed_settings(from_plain(PretrainConfig, saved.state["config"]), config)
-        if changed:
-            raise UserError(
-                f"{saved.path} is of a run with other settings ({'; '.join(changed[:5])}); "
-                "choose another --run-dir, or give the settings of that one"
-            )
-        if saved.state["index"] != index.digest():
-            raise UserError(
-                f"{saved.path} was trained on other images than {config.data.source} holds now; "
-                "choose another --run-dir, or restore the images"
-            )
+    saved = load_newest(folder, say)
+    if saved is None:
+        return None
+    if config.resume == "never":
+        raise UserError(f"{folder} holds checkpoints and --resume is never; choose another --run-dir, or remove it")
+    changed = changed_settings(from_plain(PretrainConfig, saved.state["config"]), config)
+    if changed:
+        raise UserError(
+            f"{saved.path} is of a run with other settings ({'; '.join(changed[:5])}); "
+            "choose another --run-dir, or give the settings of that one"
+        )
+    if saved.state["index"] != index.digest():
+        raise UserError(
+            f"{saved.path} was trained on other images than {config.data.source} holds now; "
+            "choose another --run-dir, or restore the images"
+        )
     return saved
 
 
@@ -350,14 +385,6 @@ def describe_run(config: PretrainConfig, index: ImageIndex, total: int, processe
 
 def silence(text: str) -> None:
     """What processes other than the main one say."""
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Bit-equal runs on a GPU, at the price of speed."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def from_command_line(arguments: Sequence[str] | None = None, program: str = "pretrain.py") -> PretrainConfig:

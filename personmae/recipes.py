@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from personmae.configs import UserError
 from personmae.data.loaders import LoaderConfig
 from personmae.data.mannequins import MannequinsConfig
 from personmae.data.plan import RegionConfig
@@ -21,6 +22,13 @@ from personmae.models.teacher import TeacherConfig
 from personmae.models.zoo import ENCODERS
 from personmae.training.optimisers import OptimiserConfig
 from personmae.training.schedules import ScheduleConfig
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises UserError naming the first of these settings that is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,9 @@ class PretrainConfig:
     checkpoint_every: int = 1000  # steps
     keep_last: int = 3  # checkpoints
 
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "accumulation", "log_every", "picture_every", "checkpoint_every", "keep_last")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
@@ -70,6 +81,11 @@ class RetrievalConfig:
     device: str = "auto"
     batch_size: int = 128
     num_threads: int = 2  # that read images
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "num_threads")
+        if self.num_unlabelled < 2:
+            raise UserError(f"num_unlabelled is {self.num_unlabelled}; whitening needs at least 2 images")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

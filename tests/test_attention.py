@@ -41,6 +41,7 @@ def test_the_choice_says_its_reason(monkeypatch):
     with pytest.raises(UserError, match="CUDA only"):
         choose_attention("xformers", torch.device("cpu"))
     monkeypatch.setattr(attention, "_xformers_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_attention("auto", torch.device("cuda")).kind == "xformers"
     assert choose_attention("sdpa", torch.device("cuda")).kind == "sdpa"
     monkeypatch.setattr(attention, "_xformers_problem", lambda: "xformers is not installed (pip install xformers)")
@@ -49,6 +50,23 @@ def test_the_choice_says_its_reason(monkeypatch):
     assert "pip install" in choice.reason
     with pytest.raises(UserError, match="pip install"):
         choose_attention("xformers", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "deterministic", "kind"),
+    [
+        ((9, 0), "bf16", False, "xformers"),
+        ((9, 0), "fp32", False, "xformers"),
+        ((9, 0), "bf16", True, "sdpa"),
+        ((12, 0), "fp32", False, "sdpa"),
+        ((12, 0), "bf16", False, "xformers"),
+        ((7, 5), "bf16", False, "sdpa"),
+    ],
+)
+def test_xformers_is_left_where_it_has_no_kernel(monkeypatch, capability, precision, deterministic, kind):
+    monkeypatch.setattr(attention, "_xformers_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_attention("auto", torch.device("cuda"), precision, deterministic).kind == kind
 
 
 def test_a_missing_xformers_is_named_with_the_cure(monkeypatch):

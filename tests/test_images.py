@@ -71,6 +71,18 @@ def test_what_is_no_file_is_refused(tmp_path):
             read_image(tmp_path / name)
 
 
+def test_no_descriptor_is_left_open(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "long.jpg").write_bytes(bytes(20))
+    before = os.listdir("/proc/self/fd")
+    for name in ("pipe.jpg", "folder.jpg", "missing.jpg", "long.jpg"):
+        with pytest.raises(UnreadableImage):
+            images.read_bytes(tmp_path / name, max_bytes=10)
+    assert images.read_bytes(tmp_path / "long.jpg") == bytes(20)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_file_longer_than_allowed_is_not_read(tmp_path):
     path = tmp_path / "long.jpg"
     with open(path, "wb") as file:

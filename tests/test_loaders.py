@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,41 @@ def test_a_batch_that_dali_fails_on_is_made_on_the_host(people, bad_step):
     assert set(remade) <= {bad_step}
     difference = (got[bad_step].region_a.int() - clean[bad_step].region_a.int()).abs()
     assert difference.float().mean() < 1.5
+
+
+@needs_dali
+def test_dali_reserves_for_one_part_and_frees_what_failed(people):
+    """The pipeline is of a micro-batch's size, not of the whole batch's; one that failed is gone when its batch is made on the host."""
+    from personmae.data.loader_dali import DaliLoader
+
+    plan = plan_of(people)
+    victim = int(plan.batch(0, 1, 3).samples[2])
+    built, alive = [], []
+
+    class Watched(DaliLoader):
+        def _content(self, sample):
+            content = super()._content(sample)
+            return content[: len(content) // 2].copy() if sample == victim and sample not in self._host_decoded else content
+
+        def _build(self, readers, batch_size):
+            pipeline = super()._build(readers, batch_size)
+            built.append((weakref.ref(pipeline), pipeline.max_batch_size))
+            return pipeline
+
+        def _make_on_host(self, part):
+            alive.extend(pipeline() is not None for pipeline, _ in built)
+            return super()._make_on_host(part)
+
+    parts = delivery.part_plans(plan, first_step=0, last_step=2, rank=0, world_size=1, accumulation=3)
+    with (
+        pytest.warns(UserWarning, match="DALI failed"),
+        Watched(people, plan, config_of("dali"), parts, size=SIZE, device=CPU, num_threads=2) as loader,
+    ):
+        assert [len(batch) for batch in loader] == [4] * 6
+    assert len(alive) >= 1
+    assert not any(alive)
+    assert len(built) >= 2
+    assert {size for _, size in built} == {4}
 
 
 @needs_dali

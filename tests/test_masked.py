@@ -56,6 +56,13 @@ def test_the_total_is_the_mean_over_all_cells_of_both_losses():
     assert output.total.item() == pytest.approx(means.sum().item(), rel=1e-5)
 
 
+def test_under_bf16_the_losses_are_still_summed_in_fp32():
+    with torch.autocast("cpu", torch.bfloat16):
+        _, output = run(CONFIG, inputs())
+    assert output.sums.dtype == torch.float32
+    assert torch.allclose(output.sums.sum(1) / output.counts.sum(), output.averages, rtol=1e-5)
+
+
 def test_ramp_and_scale_are_inside_the_total():
     _, whole = run(CONFIG, inputs())
     _, ramped = run(CONFIG, inputs(), feature_ramp=0.25, scale=0.5)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,14 +130,28 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(crops, tmp_path):
     assert f"stopped at step {step} of 100000" in text
 
 
-def test_two_processes_have_the_losses_of_one(crops, undisturbed, tmp_path):
+def test_two_processes_have_the_losses_of_one_which_can_go_on_alone(crops, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = start(flags(crops, run), processes=2)
     text = process.communicate(timeout=300)[0]
     assert process.returncode == 0, text
-    for one, two in zip(metrics(undisturbed), metrics(run), strict=True):
+    both = metrics(run)
+    for number in (5, 6):
+        (run / "checkpoints" / f"step_{number:07d}.pt").unlink()
+    assert run_here(crops, run) == 6
+    alone = metrics(run)
+    assert alone[:4] == both[:4]
+    for one, two in [*zip(metrics(undisturbed), both, strict=True), *zip(metrics(undisturbed)[4:], alone[4:], strict=True)]:
         for name in ("loss", "loss_pixels", "loss_features", "loss_pixels_hidden", "gradient_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
+
+
+def test_one_mistake_is_told_once_by_all_processes(tmp_path):
+    process = start(flags(tmp_path / "nowhere", tmp_path / "run"), processes=2)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert text.count("error: ") == 1
+    assert str(tmp_path / "nowhere") in text
 
 
 def test_accumulation_and_another_number_of_parts_at_resume(crops, undisturbed, tmp_path):
@@ -212,8 +227,10 @@ def test_mistakes_are_told_in_a_sentence(crops, tmp_path, capsys):
     assert "--data.source" in message(capsys, ["vit-nano"])
     (tmp_path / "file").write_text("not a folder")
     assert str(tmp_path / "file") in message(capsys, flags(crops, tmp_path / "file"))
-    assert "mae" in message(capsys, flags(crops, run, "--model.pixel-decoder.form", "mae"))
-    assert "vit-huge" in message(capsys, ["vit-huge"]) or "vit-nano" in capsys.readouterr().err
+    assert "region A only" in message(capsys, flags(crops, run, "--model.pixel-decoder.form", "mae"))
+    assert "vit-base" in message(capsys, ["vit-huge"])
+    assert "checkpoint_every" in message(capsys, flags(crops, run, "--checkpoint-every", "0"))
+    assert "schedule.steps" in message(capsys, flags(crops, run, "--schedule.steps", "0"))
     assert "100" in message(capsys, flags(crops, run, "--model.encoder.image-size", "100", "50", "--model.encoder.patch-px", "16"))
 
 
@@ -236,11 +253,44 @@ def test_a_broken_checkpoint_is_passed_over_and_said(crops, undisturbed, tmp_pat
     assert_same_weights(undisturbed, run)
 
 
+def test_a_file_that_goes_bad_leaves_the_run_what_it_was(crops, undisturbed, tmp_path):
+    """The run goes on over the images that it began with: the bad one is replaced and listed, nothing else changes."""
+    own = shutil.copytree(crops, tmp_path / "crops")
+    run = tmp_path / "run"
+    run_here(own, run, "--data.loader.cache-gib", "0")
+    for path in sorted((run / "checkpoints").iterdir()):
+        if path.name != "step_0000004.pt":
+            path.unlink()
+    victim = own / "part1" / "crop_005.jpg"
+    victim.write_bytes(victim.read_bytes()[:200])
+    draw_crops(own / "new", num_images=2, seed=3)
+    assert run_here(own, run, "--data.loader.cache-gib", "0", "--data.loader.retry-seconds", "0") == 6
+    listed = (run / "quarantine.tsv").read_text().splitlines()
+    assert [line.split("\t")[1] for line in listed] == [str(victim)]
+    lines = metrics(run)
+    assert [line["quarantined_images"] for line in lines[:4]] == [0, 0, 0, 0]
+    assert [line["loss"] for line in lines[:4]] == [line["loss"] for line in metrics(undisturbed)[:4]]
+
+
+def test_more_bad_files_than_allowed_stop_the_run(crops, tmp_path):
+    own = shutil.copytree(crops, tmp_path / "crops")
+    run = tmp_path / "run"
+    run_here(own, run, "--data.loader.cache-gib", "0", "--schedule.steps", "3")
+    (run / "checkpoints" / "step_0000003.pt").unlink()
+    for path in sorted(own.rglob("*.jpg"))[::2]:
+        path.unlink()
+    with pytest.raises(UserError, match="max_bad_ratio"):
+        run_here(own, run, "--data.loader.cache-gib", "0", "--data.loader.retry-seconds", "0", "--schedule.steps", "3")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(crops, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="loss is"):
         run_here(crops, run, "--optimiser.learning-rate", "1e30", "--schedule.steps", "50", "--optimiser.clip-norm", "None")
     assert not (run / "encoder.safetensors").exists()
+    saved = [load_checkpoint(path) for _, path in list_checkpoints(run / "checkpoints")]
+    assert saved
+    assert all(torch.isfinite(tensor).all() for checkpoint in saved for tensor in checkpoint.state["model"].values())
 
 
 def on_gpu(crops, run, *more):

@@ -39,7 +39,7 @@ def collectives(processes):
         "broadcast": processes.broadcast_object({"from": rank, "path": str(folder)}),
         "gathered": processes.all_gather(["rank", rank]),
         "sum": {name: value.tolist() for name, value in processes.sum_across(values).items()},
-        "mean": {name: value.tolist() for name, value in processes.mean_across(values).items()},
+        "from_main": processes.from_main(lambda: f"made by {processes.rank}"),
         "nothing": processes.sum_across({}),
         "main": processes.is_main,
         "description": processes.description,
@@ -152,7 +152,7 @@ def test_small_values_go_round(seen: dict[str, list[Any]]) -> None:
         assert result["gathered"] == [["rank", 0], ["rank", 1]]
         # Float64: 3 * 2**-40 beside values of other sizes.
         assert result["sum"] == {"a": 4.0, "b": [[2, 4], [6, 9]], "c": 3 * 2.0**-40}
-        assert result["mean"] == {"a": 2.0, "b": [[1, 2], [3, 4.5]], "c": 1.5 * 2.0**-40}
+        assert result["from_main"] == "made by 0"
         assert result["nothing"] == {}
         assert result["threads"] == threads_per_process(2, "1")
         assert result["description"] == f"2 processes over gloo, each on its own cpu (CPU with {result['threads']} threads)"
@@ -164,7 +164,8 @@ def test_the_main_process_goes_first(seen: dict[str, list[Any]]) -> None:
 
 
 def test_a_mistake_of_the_user_stops_all_with_one_message(seen: dict[str, list[Any]]) -> None:
-    assert seen["users_mistake_in_main"] == [{"error": ["UserError", "there is no folder /crops; give another with --data.source"]}] * 2
+    sentence = "there is no folder /crops; give another with --data.source"
+    assert seen["users_mistake_in_main"] == [{"error": ["UserError", sentence]}, {"error": ["ToldElsewhere", sentence]}]
 
 
 def test_any_other_error_stops_all_too(seen: dict[str, list[Any]]) -> None:
@@ -288,7 +289,8 @@ def test_one_process_alone(no_torchrun: pytest.MonkeyPatch) -> None:
         processes.barrier()
         assert processes.broadcast_object("value") == "value"
         assert processes.all_gather("value") == ["value"]
-        assert processes.mean_across({"a": torch.tensor(3)})["a"].item() == 3.0
+        assert processes.from_main(lambda: "made") == "made"
+        assert processes.sum_across({"a": torch.tensor(3)})["a"].item() == 3.0
         with pytest.raises(KeyError, match="missing"), processes.main_first():
             raise KeyError("missing")
         assert processes.description.startswith("1 process on cpu")

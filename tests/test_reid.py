@@ -48,6 +48,8 @@ def test_market_names_junk_and_distractors(tmp_path: Path) -> None:
         ("1234_c14_0303morning_0015_0.jpg", 1234, 14),  # repacked MSMT17: two digits
         ("0007_c10s12_000001_00.JPG", 7, 10),
         ("0001_c1_1.png", 1, 1),  # CUHK03-NP
+        ("0001_c1s1_000000_00.jpe", 1, 1),
+        ("0001_c1s1_000000_00.JFIF", 1, 1),
     ],
 )
 def test_names_of_other_sets(tmp_path: Path, name: str, person: int, camera: int) -> None:

@@ -43,3 +43,8 @@ def test_files_that_are_not_ours(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cut\.safetensors"):
         load_encoder(tmp_path / "cut.safetensors")
+
+
+def test_a_disk_that_refuses_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*encoder\.safetensors"):
+        save_encoder(tmp_path / "gone" / "encoder.safetensors", random_encoder(CONFIG), {})

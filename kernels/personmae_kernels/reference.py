@@ -5,6 +5,7 @@ Axis letters: B batch, L patches of a region, V visible patches, D width, C chan
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -43,9 +44,16 @@ def patch_rows(images: Tensor, visible: Tensor | None, patch_px: int, mean: Sequ
     patches = _cut_patches(images, patch_px)
     if visible is not None:
         patches = gather_visible(patches, visible)
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=images.device).repeat_interleave(patch_px * patch_px)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device).repeat_interleave(patch_px * patch_px)
-    return torch.addcmul(-shift, patches.float(), scale)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), patch_px, images.device)
+    return torch.addcmul(shift, patches.float(), scale)
+
+
+@functools.lru_cache(maxsize=32)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], patch_px: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[P] each, kept on the device: making them anew would wait for the copy at every call."""
+    scale = torch.tensor([1.0 / (255.0 * s) for s in std]).repeat_interleave(patch_px * patch_px)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).repeat_interleave(patch_px * patch_px)
+    return scale.to(device), shift.to(device)
 
 
 def gather_visible(tokens: Tensor, visible: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class ImageIndex:
     root: folder that relative names start from. heights, widths: int32 [N], pixels as stored. num_bytes: int64 [N],
     file lengths. checksums: uint32 [N], CRC-32 of the contents. plain: bool [N], an ordinary RGB or grey JPEG (see
     `ImageHeader`). rejected: (path, reason) of each file left out; rejected_file: where that list stands, None if it
-    could not be written.
+    could not be written. names: the paths, one after the other, as bytes; offsets: int64 [N + 1], where each begins.
     """
 
     root: Path
@@ -58,15 +58,15 @@ class ImageIndex:
     plain: npt.NDArray[np.bool_]
     rejected: list[tuple[str, str]]
     rejected_file: Path | None
-    _names: bytes = field(repr=False)
-    _offsets: npt.NDArray[np.int64] = field(repr=False)
+    names: bytes = field(repr=False)
+    offsets: npt.NDArray[np.int64] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.heights)
 
     def name(self, sample: int) -> str:
         """The path of a sample as the source has it: relative to `root`, or absolute if a list says so."""
-        return os.fsdecode(self._names[self._offsets[sample] : self._offsets[sample + 1]])
+        return os.fsdecode(self.names[self.offsets[sample] : self.offsets[sample + 1]])
 
     def path(self, sample: int) -> Path:
         return self.root / self.name(sample)
@@ -85,8 +85,8 @@ class ImageIndex:
     def digest(self) -> str:
         """16 hexadecimal digits that change with any name, dimension or content: two runs with the same digest see the
         same images."""
-        digest = hashlib.sha256(self._names)
-        for column in (self._offsets, self.heights, self.widths, self.checksums):
+        digest = hashlib.sha256(self.names)
+        for column in (self.offsets, self.heights, self.widths, self.checksums):
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()[:16]
 
@@ -339,8 +339,8 @@ def _to_index(listing: Listing, table: _Table, folder: Path, problem: str | None
         plain=table.plain[readable],
         rejected=[(str(listing.root / os.fsdecode(listing.names[row])), reason) for row, reason in sorted(table.reasons.items())],
         rejected_file=None if problem else folder / "rejected.tsv",
-        _names=b"".join(names),
-        _offsets=_offsets(names),
+        names=b"".join(names),
+        offsets=_offsets(names),
     )
 
 

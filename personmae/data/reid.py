@@ -8,11 +8,10 @@ from pathlib import Path
 
 from personmae.configs import UserError
 from personmae.data.records import PersonImage
+from personmae.data.sources import IMAGE_SUFFIXES
 
 TRAIN_FOLDER, QUERY_FOLDER, GALLERY_FOLDER = "bounding_box_train", "query", "bounding_box_test"
 JUNK_PERSON = -1
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 # 0001_c1s1_001051_00.jpg (Market-1501), 0001_c2_f0046182.jpg (Duke). Only the base name is searched, from its first
 # character, and the camera takes all its digits: other readers search the whole path for one digit, and so take a

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from personmae.configs import UserError
 
-IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp")
+# How the names of image files end, in any case.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+_SUFFIX_BYTES = tuple(os.fsencode(suffix) for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,13 @@ def _scan(root: Path) -> Iterator[tuple[bytes, int, int]]:
                         if identity not in above:
                             pending.append((name, above | {identity}))
                         continue
-                    if not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    if not entry.name.lower().endswith(_SUFFIX_BYTES):
                         continue
                     status = entry.stat()
                 except OSError:
                     # A broken link, or a file that vanished meanwhile: examined like the others, so that it is listed
                     # with its reason.
-                    if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    if entry.name.lower().endswith(_SUFFIX_BYTES):
                         yield name, -1, -1
                     continue
                 yield name, status.st_size, status.st_mtime_ns

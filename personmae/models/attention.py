@@ -25,20 +25,34 @@ class AttentionChoice(NamedTuple):
     reason: str
 
 
-def choose_attention(kind: AttentionKind, device: torch.device) -> AttentionChoice:
-    """The attention of a run. `auto` takes xformers on CUDA where it works; asking for xformers where it does not raises UserError with the cure."""
+def choose_attention(kind: AttentionKind, device: torch.device, precision: str = "fp32", deterministic: bool = False) -> AttentionChoice:
+    """The attention of a run. `auto` takes xformers on CUDA where it works; asking for xformers where it does not raises UserError with the cure.
+
+    precision: "fp32" or "bf16", as the layers will run. deterministic: bit-equal runs are asked for, which xformers' backward does not give.
+    """
     if kind == "sdpa":
         return AttentionChoice("sdpa", "asked for")
     if device.type != "cuda":
         if kind == "xformers":
             raise UserError("xformers attention runs on CUDA only; use --attention sdpa on this device")
         return AttentionChoice("sdpa", f"PyTorch's own, on {device.type}")
-    problem = _xformers_problem()
+    problem = _xformers_problem() or _xformers_limit(torch.cuda.get_device_capability(device), precision, deterministic)
     if problem is None:
         return AttentionChoice("xformers", "memory-efficient attention, installed and built for CUDA")
     if kind == "xformers":
         raise UserError(problem)
     return AttentionChoice("sdpa", problem)
+
+
+def _xformers_limit(capability: tuple[int, int], precision: str, deterministic: bool) -> str | None:
+    """Why the kernels of xformers 0.0.35 do not serve: its fp32 kernel ends at compute capability 9.0, its bf16 kernels begin at 8.0."""
+    if deterministic:
+        return "xformers' backward is not deterministic"
+    if precision == "fp32" and capability > (9, 0):
+        return f"xformers has no fp32 kernel for compute capability {capability[0]}.{capability[1]}"
+    if precision == "bf16" and capability < (8, 0):
+        return f"xformers has no bf16 kernel for compute capability {capability[0]}.{capability[1]}"
+    return None
 
 
 @functools.cache

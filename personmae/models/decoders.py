@@ -12,11 +12,12 @@ import dataclasses
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personmae.models.attention import Attention, CrossAttention
 from personmae.models.vit import Block, Mlp, sin_cos_positions
-from personmae_kernels import assemble_tokens, gather_visible, region_queries
+from personmae_kernels import assemble_tokens, region_queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ class Decoder(nn.Module):
             for block in self.blocks:
                 x = block(x, context)
         elif self.config.form == "joint":
-            places = gather_visible(self.positions.expand(len(context), -1, -1), visible)
-            x = torch.cat([context[:, :1], context[:, 1:] + places, self._queries(boxes, flips)], dim=1)
+            placed = context[:, 1:] + F.embedding(visible, self.positions)
+            x = torch.cat([context[:, :1], placed, self._queries(boxes, flips)], dim=1)
             for block in self.blocks:
                 x = block(x)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from personmae.configs import UserError
 from personmae.models.decoders import Decoder, DecoderConfig
-from personmae.models.masking import MaskingConfig
+from personmae.models.masking import MaskingConfig, visible_count
 from personmae.models.regions import HIDDEN, ORIGINS, SEEN, cell_origins
 from personmae.models.vit import Encoded, VisionTransformer, VitConfig, initialise
 from personmae_kernels import feature_loss, patch_loss, patch_rows
@@ -45,6 +45,9 @@ class MaskedConfig:
             decoder: DecoderConfig = getattr(self, f"{name}_decoder")
             if decoder.form == "mae" and self.target_region == "B":
                 raise UserError(f"{name}_decoder.form mae predicts region A only; set target_region A, or form cross or joint")
+        rows, columns = self.encoder.grid
+        if self.predict == "masked" and visible_count(self.masking, self.encoder.grid) == rows * columns:
+            raise UserError("predict masked with nothing masked would train nothing; hide something with masking.ratio, or predict whole")
         if self.low_level_injection and self.losses == "pixels":
             raise UserError("low_level_injection with losses pixels would train the encoder's first block only; set losses both")
 
@@ -128,7 +131,8 @@ class PersonMAE(nn.Module):
             per_cell = torch.stack([pixels, tokens]).flatten(1)
             by_origin = nn.functional.one_hot(origins.flatten(), len(ORIGINS)).float()
             averages = (per_cell * weights.flatten()).sum(1)
-            return MaskedOutput(total, per_cell @ by_origin, by_origin.sum(0), averages)
+            # Not a matrix product: autocast would round it to bf16.
+            return MaskedOutput(total, (per_cell[:, :, None] * by_origin).sum(1), by_origin.sum(0), averages)
 
     @torch.no_grad()
     def predict_image(self, inputs: RegionInputs) -> Tensor:

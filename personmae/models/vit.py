@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from personmae.configs import UserError
 from personmae.models.attention import Attention
-from personmae_kernels import gather_visible, patch_rows
+from personmae_kernels import patch_rows
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -133,8 +133,8 @@ class VisionTransformer(nn.Module):
         if tuple(images.shape[1:]) != (*config.image_size, 3):
             raise ValueError(f"images must be uint8 [B, {config.image_size[0]}, {config.image_size[1]}, 3], not {tuple(images.shape)}")
         x = self.patch_embed(patch_rows(images, visible, config.patch_px, config.mean, config.std))
-        positions = self.pos_embed[:, 1:]
-        x = x + (positions if visible is None else gather_visible(positions.expand(len(x), -1, -1), visible))
+        positions = self.pos_embed[0, 1:]
+        x = x + (positions if visible is None else F.embedding(visible, positions))
         return self._run_blocks(x, with_class)
 
     def _run_blocks(self, x: Tensor, with_class: bool) -> Encoded:

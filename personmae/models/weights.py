@@ -16,11 +16,18 @@ from personmae.models.vit import VisionTransformer, VitConfig
 
 
 def save_encoder(path: Path, encoder: VisionTransformer, notes: Mapping[str, str]) -> None:
-    """Write the encoder's weights, float32, under a temporary name first. notes: strings kept in the header (run, step, commit)."""
+    """Write the encoder's weights, float32, under a temporary name first. notes: strings kept in the header (run, step).
+
+    Raises UserError naming the file if the disk refuses."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt", "personmae": json.dumps(to_plain(encoder.config)), **notes})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "personmae": json.dumps(to_plain(encoder.config)), **notes})
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot write {path} ({error}); make room or give write permission there") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_encoder(path: Path) -> VisionTransformer:

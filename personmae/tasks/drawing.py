@@ -29,6 +29,8 @@ NUM_WHITENING = 2000
 
 def main(config: DrawConfig, say: Callable[[str], object] = print) -> None:
     """Draw into a folder, and check if asked to. Raises UserError if the set is easier or harder than it should be."""
+    if config.check and min(config.mannequins.num_unlabelled, config.mannequins.num_test_ids) < 2:
+        raise UserError("the check needs at least 2 unlabelled pictures and 2 test identities; draw more, or leave --check out")
     layout = draw_mannequins(config.folder, config.mannequins, num_workers=config.num_workers)
     say(f"{layout.root}: {read_market_layout(layout.root).describe()}")
     if config.check and (problems := check_difficulty(layout.root, layout.unlabelled, say)):

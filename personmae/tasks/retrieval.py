@@ -16,6 +16,7 @@ import torch
 
 from personmae.configs import UserError, from_plain
 from personmae.data.image_index import build_index
+from personmae.data.kept_index import read_kept_index
 from personmae.data.reid import ReidSet, read_market_layout
 from personmae.evaluation.colour_histogram import describe_colours
 from personmae.evaluation.features import Describe
@@ -24,14 +25,11 @@ from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.weights import load_encoder
 from personmae.recipes import PretrainConfig, RetrievalConfig
-from personmae.training.logbook import write_whole
+from personmae.training.logbook import check_run_dir, write_whole
 from personmae.training.processes import choose_device
 from personmae.visuals.ranked_lists import choose_queries, ranked_list_picture
 from personmae.visuals.report import write_report
-
-PRETRAINED, RANDOM, COLOURS = "pre-trained", "random initialisation", "colour histogram"
-# The feature that stands for an encoder that was never fine-tuned: its class token gets no loss of its own.
-HEADLINE = "mean, whitened"
+from personmae.visuals.report_scores import HEADLINE, HISTOGRAM, PRETRAINED, RANDOM
 
 
 def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
@@ -40,6 +38,8 @@ def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[
     Returns the rows of the table. Raises UserError for paths that do not hold what they should.
     """
     is_run = config.weights.is_dir()
+    if is_run:
+        check_run_dir(config.weights)
     run_config = read_run_config(config.weights) if is_run else None
     encoder = load_encoder(config.weights / "encoder.safetensors" if is_run else config.weights)
     reid_set = read_market_layout(config.data)
@@ -52,7 +52,7 @@ def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[
     candidates: dict[str, Describe] = {PRETRAINED: encoder.to(device).describe}
     if config.compare:
         candidates[RANDOM] = initial_encoder(encoder, run_config).to(device).describe
-        candidates[COLOURS] = describe_colours
+        candidates[HISTOGRAM] = describe_colours
 
     # Features and scores, by the project's one protocol.
     rows: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[
             describe,
             reid_set,
             size=size,
-            unlabelled=unlabelled if name != COLOURS else (),
+            unlabelled=unlabelled if name != HISTOGRAM else (),
             batch_size=config.batch_size,
             num_threads=config.num_threads,
             device=device,
@@ -74,15 +74,15 @@ def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[
 
     if is_run:
         pictures = draw_ranked_lists(config.weights, reid_set, evaluations) if unlabelled else []
+        notes = ["Zero-shot: nothing was trained on a label. Single query, whole gallery, same camera left out."]
+        if unlabelled:
+            notes.append(f"Whitening is fitted on {len(unlabelled)} unlabelled images.")
         content = {
             "set": reid_set.name,
             "size": list(size),
             "rows": rows,
             "ranked_lists": pictures,
-            "notes": [
-                "Zero-shot: nothing was trained on a label. Single query, whole gallery, same camera left out.",
-                f"Whitening is fitted on {len(unlabelled)} unlabelled images.",
-            ],
+            "notes": notes,
         }
         write_whole(config.weights / "evaluation.json", json.dumps(content, indent=2) + "\n")
         say(f"report: {write_report(config.weights)}")
@@ -103,11 +103,18 @@ def read_run_config(run: Path) -> PretrainConfig:
 
 def choose_unlabelled(config: RetrievalConfig, run: PretrainConfig | None, say: Callable[[str], object]) -> list[Path]:
     """The images that whitening is fitted on, spread evenly over the source; none if there is no source."""
-    source = config.unlabelled or (run.data.source if run else None)
-    if source is None:
+    if config.unlabelled is not None:
+        index = build_index(config.unlabelled, progress=False)
+        if len(index) < 2:
+            raise UserError(f"{config.unlabelled} holds 1 image; whitening needs at least 2")
+    elif run is not None and (config.weights / "index.npz").exists():
+        index = read_kept_index(config.weights / "index.npz").index
+        if not index.path(0).exists():
+            say(f"no whitened scores: the images of the run are no longer at {index.root}; give --unlabelled FOLDER")
+            return []
+    else:
         say("no whitened scores: give --unlabelled FOLDER to fit the whitening on")
         return []
-    index = build_index(source, run.data.index_dir if run and source == run.data.source else None, progress=False)
     chosen = np.unique(np.linspace(0, len(index) - 1, min(config.num_unlabelled, len(index))).round().astype(int))
     return [index.path(int(number)) for number in chosen]
 

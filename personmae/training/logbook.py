@@ -185,7 +185,7 @@ class Logbook:
         except ImportError:
             self.announce("no TensorBoard events are written, only metrics.jsonl: the package is missing; pip install tensorboard")
             return None
-        with _explained(self.run_dir / "events"):
+        with explained_write(self.run_dir / "events"):
             return SummaryWriter(str(self.run_dir / "events"), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
 
     def _add(self, name: str, value: Tensor | float | Share) -> None:
@@ -222,7 +222,7 @@ class Logbook:
         finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         _append_line(self.run_dir / "metrics.jsonl", json.dumps({"step": step, **finite}, allow_nan=False))
         if self._events is not None:
-            with _explained(self.run_dir / "events"):
+            with explained_write(self.run_dir / "events"):
                 for name, value in finite.items():
                     if value is not None:
                         self._events.add_scalar(name, value, step)
@@ -254,7 +254,7 @@ def check_run_dir(run_dir: Path) -> None:
     written.
     """
     probe = run_dir / ".write_probe"
-    with _explained(run_dir):
+    with explained_write(run_dir):
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"the run folder {run_dir} is a file; give the path of a folder")
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def keep_lines_to(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    with _explained(path):
+    with explained_write(path):
         # Bytes: a line that a crash has filled with rubbish need not be UTF-8.
         lines = path.read_bytes().splitlines()
         kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
@@ -286,7 +286,7 @@ def write_whole(path: Path, content: str) -> None:
     cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
-    with _explained(path):
+    with explained_write(path):
         try:
             with open(partial, "w", encoding="utf-8") as file:
                 file.write(content)
@@ -303,7 +303,7 @@ def _detached(value: Tensor | float) -> Tensor | float:
 
 def _append_line(path: Path, line: str) -> None:
     # Opened for each line, a few times a minute: nothing is buffered when the run is killed.
-    with _explained(path), open(path, "a", encoding="utf-8") as file:
+    with explained_write(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -317,7 +317,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained_write(path: Path) -> Iterator[None]:
+    """Around writing `path`: what the system refuses (a full disk, no permission) becomes a UserError that names it."""
     try:
         yield
     except OSError as error:

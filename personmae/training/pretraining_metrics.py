@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from personmae.models.masked import MaskedConfig, MaskedOutput, RegionInputs
-from personmae.models.regions import ORIGINS
+from personmae.models.regions import ORIGINS, OUTSIDE, cell_origins
 from personmae.training.logbook import Share
 from personmae.training.monitors import collapse_monitors, mean_token_loss
 from personmae_kernels import patch_targets
@@ -40,6 +40,8 @@ def pretraining_monitors(config: MaskedConfig, inputs: RegionInputs, features: T
             inputs.region_b, encoder.patch_px, encoder.mean, encoder.std, config.per_channel_pixels
         )
         found["mean_patch_loss"] = mean_token_loss(targets)
+        outside = cell_origins(inputs.boxes, inputs.flips, inputs.mask, encoder.grid) == OUTSIDE
+        found["mean_patch_loss_outside"] = mean_token_loss(targets, outside)
     if features is not None:
         values = collapse_monitors(features.float())
         found |= {

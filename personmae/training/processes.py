@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from personmae.configs import UserError
+from personmae.configs import ToldElsewhere, UserError
 
 Value = TypeVar("Value")
 CONTROL_LIMIT = datetime.timedelta(hours=24)
@@ -34,13 +34,14 @@ SAME_INTERRUPT_SECONDS = 1.0
 class Processes:
     """This process among those of the run. A context manager: leaving it ends the communication.
 
-    rank: 0 ... world_size - 1 over all machines. local_rank: the number on this machine. device: this process's own.
+    rank: 0 ... world_size - 1 over all machines. local_rank: the number on this machine, of local_world_size. device: this process's own.
     control: the group for objects and waiting; None for a process alone.
     """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
     device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None
 
@@ -86,6 +87,14 @@ class Processes:
         """
         return MainFirst(self)
 
+    def from_main(self, make: Callable[[], Value]) -> Value:
+        """What `make()` gives in the main process, in every process; if it fails there, the others raise as in `main_first`."""
+        made: list[Value] = []
+        with self.main_first():
+            if self.is_main:
+                made.append(make())
+        return self.broadcast_object(made)[0]
+
     def sum_across(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of named tensors over the processes, in one all_reduce and without waiting for the GPU.
 
@@ -98,10 +107,6 @@ class Processes:
         dist.all_reduce(joined)
         parts = joined.split([value.numel() for value in flat.values()])
         return {name: part.reshape(value.shape) for (name, value), part in zip(flat.items(), parts, strict=True)}
-
-    def mean_across(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The means of named tensors over the processes, as `sum_across`."""
-        return {name: total / self.world_size for name, total in self.sum_across(values).items()}
 
     def close(self) -> None:
         """End the communication; every process has to call it (or end)."""
@@ -129,7 +134,7 @@ class MainFirst:
         failure = self.processes.broadcast_object(None)
         if failure is not None:
             is_users_mistake, message = failure
-            raise UserError(message) if is_users_mistake else RuntimeError(message)
+            raise ToldElsewhere(message) if is_users_mistake else RuntimeError(message)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self.processes.is_main:
@@ -226,7 +231,10 @@ def start_processes(device: str = "auto") -> Processes:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
     control = dist.new_group(backend="gloo", timeout=CONTROL_LIMIT)
-    return Processes(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen, control=control)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Processes(
+        rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=local_world_size, device=chosen, control=control
+    )
 
 
 def choose_device(name: str, local_rank: int | None) -> torch.device:

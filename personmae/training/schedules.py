@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from personmae.configs import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -17,6 +19,13 @@ class ScheduleConfig:
     feature_ramp_ratio: float = 0.25  # of all steps, the feature loss rises linearly from 0 to its weight (BootMAE)
     ema_start: float = 0.996  # momentum of the teacher; use 0.99 for runs under 5,000 steps
     ema_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
+            raise UserError(f"schedule.epochs is {self.epochs} and schedule.steps {self.steps}; a run has more than 0 epochs, or at least 1 step")
+        for name in ("warmup_ratio", "final_ratio", "feature_ramp_ratio", "ema_start", "ema_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"schedule.{name} is {getattr(self, name)}; it must lie between 0 and 1")
 
 
 def num_steps(config: ScheduleConfig, steps_per_epoch: int) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 
 from personmae.visuals.report_parts import entries, is_number, missing, text
 
+# The rows of evaluation.json that the tiles compare, by the names that `tasks/retrieval.py` gives them.
 PRETRAINED, RANDOM, HISTOGRAM = "pre-trained", "random initialisation", "colour histogram"
-HEADLINE_FEATURE = "mean, whitened"
+# It stands for an encoder that was never fine-tuned: the class token gets no loss of its own.
+HEADLINE = "mean, whitened"
 
 SCORE_COLUMNS = (("mAP", "mAP"), ("rank1", "rank-1"), ("rank5", "rank-5"), ("rank10", "rank-10"), ("mINP", "mINP"))
 
@@ -71,7 +73,7 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
     shared = [feature for feature in after if feature in before]
     if not shared:
         return missing("There is no score both before and after pre-training, so there is no gain to state.")
-    feature = HEADLINE_FEATURE if HEADLINE_FEATURE in shared else shared[0]
+    feature = HEADLINE if HEADLINE in shared else shared[0]
     tiles = []
     for key, label in (("mAP", "mAP"), ("rank1", "rank-1")):
         low, high = before[feature].get(key), after[feature].get(key)
