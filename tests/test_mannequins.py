@@ -1,6 +1,8 @@
 """The built-in data set: ray casting against brute force, pictures that depend on nothing but their number, and the layout on disk."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,14 +12,17 @@ import numpy as np
 import pytest
 
 from personmae.configs import UserError
-from personmae.data.mannequins import MannequinsConfig, draw_mannequins, picture_pixels, plan_pictures
+from personmae.data.mannequins import MannequinsConfig, dataset, draw_mannequins, picture_pixels, plan_pictures
 from personmae.data.mannequins.camera import Light, camera_of
 from personmae.data.mannequins.paints import plain
 from personmae.data.mannequins.raycast import Window, cast, projected_bounds
 from personmae.data.mannequins.shading import shade
 from personmae.data.mannequins.shapes import Eye, Shapes
+from personmae.data.records import PersonImage
 from personmae.data.reid import read_market_layout
 from personmae.evaluation.colour_histogram import stripe_histograms
+from personmae.evaluation.protocol import score
+from personmae.evaluation.ranking import labels_of
 
 EYE = Eye(height_m=2.5, pitch=0.2)
 WINDOW = Window(-0.3, -0.25, 0.55, 0.6, 61, 43)
@@ -250,13 +255,9 @@ def test_colours_alone_help_but_do_not_solve() -> None:
     queries = [picture for picture in plan if picture.path.startswith("query/")]
     gallery = [picture for picture in plan if picture.path.startswith("bounding_box_test/")][::2]
     features = [stripe_histograms(np.stack([picture_pixels(config, picture) for picture in part])) for part in (queries, gallery)]
-    precisions = []
-    for query, row in zip(queries, features[0] @ features[1].T, strict=True):
-        keep = [k for k, other in enumerate(gallery) if other.person != query.person or other.camera != query.camera]
-        right = np.array([gallery[k].person == query.person for k in sorted(keep, key=lambda k: -row[k])])
-        precisions.append((np.cumsum(right)[right] / (np.flatnonzero(right) + 1)).mean() if right.any() else 0.0)
+    labels = [labels_of([PersonImage(Path(picture.path), picture.person, picture.camera) for picture in part]) for part in (queries, gallery)]
     # At random it would be 1 in 30; with 120 or 250 people the figure is 5 to 20 %.
-    assert 0.12 < np.mean(precisions) < 0.5
+    assert 0.12 < score(features[0], features[1], labels[0], labels[1]).mAP < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +323,75 @@ def test_an_interrupted_drawing_is_taken_up(drawn: Path, tmp_path: Path) -> None
     draw_mannequins(root, config, num_workers=1, progress=False)
     whole = files_of(root)
     (root / "manifest.json").rename(root / "unfinished.json")
-    next((root / "query").iterdir()).write_bytes(b"half a pict")
+    half, empty, *there = sorted((root / "query").iterdir())
+    half.rename(half.with_name(half.name + ".partial")).write_bytes(b"half a pict")
+    empty.write_bytes(b"")
+    before = [path.stat().st_mtime_ns for path in there]
     draw_mannequins(root, config, num_workers=1, progress=False)
     assert files_of(root) == whole
+    assert [path.stat().st_mtime_ns for path in there] == before
     assert not (root / "occluded").exists()
+
+
+def test_an_end_at_any_moment_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a kill, after each change to the file system in its turn."""
+    config = replace(SMALL, num_train_ids=0, num_test_ids=0, num_occluded_train_ids=0, num_occluded_test_ids=0, num_unlabelled=1)
+    left = 0
+
+    class Killed(BaseException):
+        pass
+
+    def counted(original):
+        def call(*arguments, **options):
+            nonlocal left
+            result = original(*arguments, **options)
+            left -= 1
+            if left == 0:
+                raise Killed
+            return result
+
+        return call
+
+    num_kills = 0
+    while num_kills == 0 or left <= 0:
+        root = tmp_path / f"set{num_kills}"
+        left = num_kills + 1
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "mkdir"), (Path, "replace"), (Path, "write_bytes"), (os, "fsync")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            with contextlib.suppress(Killed):
+                draw_mannequins(root, config, num_workers=1, progress=False)
+        draw_mannequins(root, config, num_workers=1, progress=False)
+        assert files_of(root).keys() == {"manifest.json", "unlabelled/000000.jpg"}
+        num_kills += 1
+    # Five folders, the marker, a picture and the manifest, the latter three in two or three steps each.
+    assert num_kills >= 10
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_the_system_refuses_is_told_with_its_cure(num_workers: int, tmp_path: Path) -> None:
+    # A folder where a picture should be: refused to every user, unlike a missing right.
+    root = tmp_path / "set"
+    draw_mannequins(root, SMALL, num_workers=1, progress=False)
+    (root / "manifest.json").rename(root / "unfinished.json")
+    (root / "unlabelled" / "000003.jpg").unlink()
+    (root / "unlabelled" / "000003.jpg").mkdir()
+    with pytest.raises(UserError, match=rf"^cannot draw into {root}: Is a directory; .*make room and call again: what is drawn is kept$"):
+        draw_mannequins(root, SMALL, num_workers=num_workers, progress=False)
+
+
+@pytest.mark.timeout(120)
+def test_workers_may_say_more_than_a_pipe_holds(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every import is told on standard error: several times 64 KB.
+    monkeypatch.setenv("PYTHONVERBOSE", "1")
+    draw_mannequins(tmp_path / "set", SMALL, num_workers=2, progress=False)
+    assert files_of(tmp_path / "set") == files_of(drawn)
+
+
+def test_workers_look_for_packages_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", "/elsewhere"])
+    assert dataset.worker_environment()["PYTHONPATH"] == f"{tmp_path}:/elsewhere"
 
 
 def test_other_content_is_never_touched(drawn: Path, tmp_path: Path) -> None:

@@ -68,3 +68,14 @@ def test_the_benchmark_names_a_wrong_source(tmp_path):
     assert "No such file" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "loading.json").exists()
+
+
+def test_the_benchmark_of_drawing_runs(tmp_path):
+    options = ["--sizes", "64x32", "32x32", "--num-images", "4", "--num-turns", "2", "--output", str(tmp_path / "drawing.json")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "benchmarks/drawing.py", *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "drawing.json").read_text())["results"]
+    assert [row["size"] for row in rows] == [[64, 32], [32, 32]]
+    assert all(row["images_per_second"]["low"] > 0 and row["bytes_per_image"]["low"] > 100 for row in rows)

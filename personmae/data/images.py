@@ -85,13 +85,17 @@ def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
     try:
         # Without O_NONBLOCK, a named pipe called photo.jpg would block for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
+        try:
+            # Before `open`, which refuses a directory and then leaves its descriptor to us.
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise UnreadableImage(path, "not a regular file")
+                raise UnreadableImage(path, f"{'a directory, ' if stat.S_ISDIR(status.st_mode) else ''}not a regular file")
             if max_bytes is not None and status.st_size > max_bytes:
                 raise UnreadableImage(path, f"too large: {status.st_size} bytes, at most {max_bytes}")
-            data = file.readall()
+            with open(descriptor, "rb", buffering=0, closefd=False) as file:
+                data = file.readall()
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise UnreadableImage(path, f"cannot be read: {error.strerror or error}", by_system=True) from error
     if not data:

@@ -12,6 +12,7 @@ On a GPU nothing of this has been run yet by the authors.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -81,12 +82,17 @@ class DaliLoader(Loader):
     def _prepare(self) -> Generator[Prepared, None, None]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        first = next(self._parts, None)
+        if first is None:
+            return
+        self._parts = itertools.chain([first], self._parts)
         failures_in_a_row = 0
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="files") as readers:
             pipeline = None
             while True:
                 if pipeline is None:
-                    pipeline = self._build(readers)
+                    pipeline = self._build(readers, len(first.plan))
+                outputs = None
                 try:
                     outputs = pipeline.run()
                 except StopIteration:
@@ -94,24 +100,25 @@ class DaliLoader(Loader):
                 except RuntimeError as error:
                     if not self._outstanding or failures_in_a_row == _MAX_FAILURES_IN_A_ROW:
                         raise
-                    failures_in_a_row += 1
-                    self.recoveries += 1
-                    fed = self._outstanding.popleft()
-                    warnings.warn(f"DALI failed on a batch of step {fed.part.step}, which is made on the host instead: {error}", stacklevel=2)
-                    # Which image it was is not known, so none of them goes to DALI's decoder again.
-                    self._host_decoded.update(fed.delivered.samples.tolist())
-                    self._again, self._outstanding = deque([*self._outstanding, *self._again]), deque()
-                    pipeline = None
-                    yield self._make_on_host(fed.part)
-                else:
+                    # Only the words are kept: the error's traceback would keep the dead pipeline and its memory.
+                    reason, pipeline = str(error), None
+                fed = self._outstanding.popleft()
+                if outputs is not None:
                     failures_in_a_row = 0
-                    fed = self._outstanding.popleft()
                     region_a, region_b = (torch.from_dlpack(output.as_tensor()) for output in outputs[:2])
                     numbers = outputs[2].as_array()
                     assert np.array_equal(numbers, fed.delivered.samples), f"DALI delivered samples {numbers}, not {fed.delivered.samples}"
                     yield Prepared(assemble(fed.part, fed.delivered, region_a, region_b), fed.failures)
+                else:
+                    failures_in_a_row += 1
+                    self.recoveries += 1
+                    warnings.warn(f"DALI failed on a batch of step {fed.part.step}, which is made on the host instead: {reason}", stacklevel=2)
+                    # Which image it was is not known, so none of them goes to DALI's decoder again.
+                    self._host_decoded.update(fed.delivered.samples.tolist())
+                    self._again, self._outstanding = deque([*self._outstanding, *self._again]), deque()
+                    yield self._make_on_host(fed.part)
 
-    def _build(self, readers: ThreadPoolExecutor) -> Any:
+    def _build(self, readers: ThreadPoolExecutor, batch_size: int) -> Any:
         def feed() -> list[Any]:
             # At the end `next` raises StopIteration, which DALI passes on after the batches it still holds.
             fed = self._again.popleft() if self._again else self._read(next(self._parts), readers)
@@ -126,7 +133,7 @@ class DaliLoader(Loader):
             feed,
             self._size,
             _Options(plan.has_colour, plan.blur_prob > 0, plan.erasing_prob > 0, on_gpu, on_gpu and self._config.dali_decode == "mixed"),
-            batch_size=self._plan.batch_size,
+            batch_size=batch_size,
             num_threads=self._num_threads,
             device_id=self._device.index if on_gpu else None,
             prefetch_queue_depth=2,

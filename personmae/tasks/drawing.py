@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from personmae.recipes import DrawConfig
 COLOUR_MAP = (0.05, 0.20)
 RANDOM_MAP = (0.0, 0.06)
 NUM_WHITENING = 2000
+COLOURS = "colour histogram"
 
 
 def main(config: DrawConfig, say: Callable[[str], object] = print) -> None:
@@ -38,7 +40,21 @@ def main(config: DrawConfig, say: Callable[[str], object] = print) -> None:
 
 
 def check_difficulty(root: Path, unlabelled: Path, say: Callable[[str], object]) -> list[str]:
-    """Print the scores of a colour histogram and of a randomly initialised ViT; returns what lies outside its range."""
+    """Print the scores of the yardsticks; returns what lies outside its range, a sentence each."""
+    problems = []
+    for row in measure_difficulty(root, unlabelled):
+        low, high = COLOUR_MAP if row["model"] == COLOURS else RANDOM_MAP
+        inside = low <= row["mAP"] <= high
+        verdict = "as hard as it should be" if inside else "OUT OF RANGE"
+        say(f"{row['model']:17} {row['feature']:16} mAP {row['mAP']:.2%}, rank-1 {row['rank1']:.2%}: {verdict} ({low:.0%} to {high:.0%})")
+        if not inside:
+            problems.append(f"{row['model']}, {row['feature']}: mAP {row['mAP']:.2%} lies outside {low:.0%} to {high:.0%}")
+    return problems
+
+
+def measure_difficulty(root: Path, unlabelled: Path) -> list[dict[str, Any]]:
+    """Scores of the two yardsticks that know nothing: a colour histogram of six stripes, and the mean of the patch tokens of a randomly initialised
+    ViT, raw and whitened on unlabelled pictures. Rows as in evaluation.json."""
     reid_set = read_market_layout(root)
     paths = sorted(unlabelled.iterdir())
     encoder = VisionTransformer(ENCODERS["vit-nano"])
@@ -47,14 +63,5 @@ def check_difficulty(root: Path, unlabelled: Path, say: Callable[[str], object])
     chosen = paths[:: max(1, len(paths) // NUM_WHITENING)]
     colours = evaluate(describe_colours, reid_set, size=size).scores
     random = evaluate(encoder.eval().describe, reid_set, size=size, unlabelled=chosen).scores
-    problems = []
-    for model, feature, scores, (low, high) in (
-        ("colour histogram", "six stripes", next(iter(colours.values())), COLOUR_MAP),
-        ("random ViT", "mean", random["mean"], RANDOM_MAP),
-        ("random ViT", "mean, whitened", random["mean, whitened"], RANDOM_MAP),
-    ):
-        inside = low <= scores.mAP <= high
-        say(f"{model:17} {feature:15} {scores}  {'as hard as it should be' if inside else 'OUT OF RANGE'} ({low:.0%} to {high:.0%})")
-        if not inside:
-            problems.append(f"{model}, {feature}: mAP {scores.mAP:.2%} lies outside {low:.0%} to {high:.0%}")
-    return problems
+    rows = [scores.row(COLOURS, "six stripes") for scores in colours.values()]
+    return rows + [random[feature].row("random ViT", feature) for feature in ("mean", "mean, whitened")]

@@ -11,12 +11,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import simplejpeg
 
@@ -28,6 +29,10 @@ from personmae.data.mannequins.render import picture_pixels
 # Goes up with every change of the pictures, so that old drawings are told from new ones.
 GENERATOR_VERSION = 2
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
+# What a file is called until it is whole.
+_PARTIAL = ".partial"
+# How a worker's exit code says that its message is for the user.
+USERS_MISTAKE = 3
 _REPORT_EVERY = 20
 
 
@@ -45,7 +50,8 @@ def draw_mannequins(root: Path, config: MannequinsConfig, *, num_workers: int | 
     """Draw the data set `config` into the folder `root`, or say that it is there already.
 
     num_workers: processes; None = one per available core. The files are the same, byte for byte, for any number. An interrupted drawing is taken up
-    by calling again. Raises UserError if root holds anything else, another data set included, or is not writable.
+    by calling again: pictures that are there stay. Raises UserError if root holds anything else, another data set included, is not writable, or has
+    no room left.
     """
     layout = MannequinsLayout(root, root / OCCLUDED, root / UNLABELLED, root / MANIFEST)
     said = {"generator": GENERATOR_VERSION, "config": to_plain(config)}
@@ -54,12 +60,12 @@ def draw_mannequins(root: Path, config: MannequinsConfig, *, num_workers: int | 
             print(f"mannequins: {root} holds this data set already; nothing to draw")
         return layout
     plan = plan_pictures(config)
-    try:
+    with _refusals_told(root):
+        # The marker first: folders without it would be taken for somebody else's.
+        root.mkdir(parents=True, exist_ok=True)
+        _write_json(root / UNFINISHED, said)
         for folder in _folders(root, config):
             folder.mkdir(parents=True, exist_ok=True)
-        _write_json(root / UNFINISHED, said)
-    except OSError as error:
-        raise UserError(f"cannot draw into {root}: {error.strerror or error}; give a folder that you may write") from error
     num_workers = max(1, min(num_workers if num_workers is not None else len(os.sched_getaffinity(0)), len(plan)))
     report = _progress_line(len(plan)) if progress else _ignore
     if num_workers == 1:
@@ -67,9 +73,23 @@ def draw_mannequins(root: Path, config: MannequinsConfig, *, num_workers: int | 
             pass
     else:
         _draw_in_workers(root, config, num_workers, report)
-    _write_json(layout.manifest, {**said, "pictures": _counts(plan)})
-    (root / UNFINISHED).unlink()
+    with _refusals_told(root):
+        # By one rename, so that there is always either the marker or the manifest.
+        _write_json(root / UNFINISHED, {**said, "pictures": _counts(plan)})
+        (root / UNFINISHED).replace(layout.manifest)
     return layout
+
+
+@contextlib.contextmanager
+def _refusals_told(root: Path) -> Iterator[None]:
+    """What the system refuses (no right, no room) as a sentence with its cure."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot draw into {root}: {error.strerror or error}; give a folder that you may write and that has room, or make room and call again: "
+            "what is drawn is kept"
+        ) from error
 
 
 def _is_there(root: Path, said: dict[str, Any]) -> bool:
@@ -88,7 +108,8 @@ def _is_there(root: Path, said: dict[str, Any]) -> bool:
                 f"{root} holds another data set of mannequins ({'; '.join(changes)}); give another folder, or remove this one to draw anew"
             )
         return name == MANIFEST
-    if any(root.iterdir()):
+    # A marker that was being written is all that an end before anything else leaves.
+    if any(entry.name != UNFINISHED + _PARTIAL for entry in root.iterdir()):
         raise UserError(f"{root} holds files that are no data set of mannequins (no {MANIFEST}); give a new or empty folder to draw into")
     return False
 
@@ -103,7 +124,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Complete or not at all: written beside, flushed, renamed."""
-    beside = path.with_suffix(".tmp")
+    beside = path.with_name(path.name + _PARTIAL)
     with beside.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
@@ -127,9 +148,14 @@ def _counts(plan: Iterable[Picture]) -> dict[str, int]:
 def _draw(root: Path, config: MannequinsConfig, plan: list[Picture], report: Callable[[int], None]) -> Iterable[None]:
     since = 0
     for picture in plan:
-        quality = camera_of(config.draw_seed, config.city, picture.camera).jpeg_quality
-        pixels = picture_pixels(config, picture)
-        (root / picture.path).write_bytes(simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420"))
+        path = root / picture.path
+        if not _is_whole(path):
+            quality = camera_of(config.draw_seed, config.city, picture.camera).jpeg_quality
+            content = simplejpeg.encode_jpeg(picture_pixels(config, picture), quality=quality, colorspace="RGB", colorsubsampling="420")
+            with _refusals_told(root):
+                beside = path.with_name(path.name + _PARTIAL)
+                beside.write_bytes(content)
+                beside.replace(path)
         since += 1
         if since == _REPORT_EVERY:
             report(since)
@@ -139,30 +165,38 @@ def _draw(root: Path, config: MannequinsConfig, plan: list[Picture], report: Cal
         report(since)
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a picture is there. Pictures get their names when they are whole; but a machine that lost power may have kept the name alone."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def draw_share(root: Path, config: MannequinsConfig, share: int, num_shares: int, report: Callable[[int], None]) -> None:
     """Draw every num_shares-th picture, beginning with number `share`: what one worker does. `report` gets numbers of pictures done."""
     for _ in _draw(root, config, plan_pictures(config)[share::num_shares], report):
         pass
 
 
+def worker_environment() -> dict[str, str]:
+    """The path, so that workers find this package as this process did; one thread each, as there is a process per core."""
+    # An empty entry is the current folder: notebooks and `python -c` find packages by it.
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 def _draw_in_workers(root: Path, config: MannequinsConfig, num_workers: int, report: Callable[[int], None]) -> None:
-    # The path, so that workers find this package as this process did; one thread each, as there is a process per core.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+    environment = worker_environment()
     command = [sys.executable, "-P", "-m", "personmae.data.mannequins.worker"]
     with contextlib.ExitStack() as stack:
-        workers = []
+        workers: list[tuple[subprocess.Popen[str], str, IO[str]]] = []
         for share in range(num_workers):
             job = json.dumps({"root": str(root.resolve()), "config": to_plain(config), "share": share, "num_shares": num_workers})
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+            # A file: nobody reads a pipe while the counts are read, so a talkative worker would fill it and wait for ever.
+            complaints = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, env=environment, text=True)
             stack.callback(_end, worker)
-            workers.append((worker, job))
-        problems: list[str] = []
-        threads = [threading.Thread(target=_follow, args=(worker, job, report, problems), daemon=True) for worker, job in workers]
+            workers.append((worker, job, complaints))
+        problems: list[Exception] = []
+        threads = [threading.Thread(target=_follow, args=(*parts, report, problems), daemon=True) for parts in workers]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -170,7 +204,7 @@ def _draw_in_workers(root: Path, config: MannequinsConfig, num_workers: int, rep
             while thread.is_alive():
                 thread.join(0.2)
     if problems:
-        raise RuntimeError(f"a worker that draws mannequins ended with an error:\n{problems[0]}")
+        raise problems[0]
 
 
 def _end(worker: subprocess.Popen[str]) -> None:
@@ -179,19 +213,24 @@ def _end(worker: subprocess.Popen[str]) -> None:
     worker.wait()
 
 
-def _follow(worker: subprocess.Popen[str], job: str, report: Callable[[int], None], problems: list[str]) -> None:
+def _follow(worker: subprocess.Popen[str], job: str, complaints: IO[str], report: Callable[[int], None], problems: list[Exception]) -> None:
     """Hand a worker its job, pass its counts on, and keep what it says if it fails."""
     assert worker.stdin is not None
     assert worker.stdout is not None
-    assert worker.stderr is not None
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(job)
         worker.stdin.close()
     for line in worker.stdout:
         report(int(line))
-    said = worker.stderr.read()
-    if worker.wait() != 0:
-        problems.append(said.strip() or f"exit code {worker.returncode}")
+    if worker.wait() == 0:
+        return
+    complaints.seek(0)
+    said = complaints.read().strip() or f"exit code {worker.returncode}"
+    if worker.returncode == USERS_MISTAKE:
+        # Above the sentence stands what else the worker has said.
+        problems.append(UserError(said.splitlines()[-1]))
+    else:
+        problems.append(RuntimeError(f"a worker that draws mannequins ended with an error:\n{said}"))
 
 
 def _progress_line(total: int) -> Callable[[int], None]:

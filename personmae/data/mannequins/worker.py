@@ -8,8 +8,8 @@ from pathlib import Path
 
 import cv2
 
-from personmae.configs import from_plain
-from personmae.data.mannequins.dataset import draw_share
+from personmae.configs import UserError, from_plain
+from personmae.data.mannequins.dataset import USERS_MISTAKE, draw_share
 from personmae.data.mannequins.pictures import MannequinsConfig
 
 
@@ -18,7 +18,11 @@ def main() -> None:
     job = json.load(sys.stdin)
     cv2.setNumThreads(1)
     config = from_plain(MannequinsConfig, job["config"])
-    draw_share(Path(job["root"]), config, job["share"], job["num_shares"], lambda num_done: print(num_done, flush=True))
+    try:
+        draw_share(Path(job["root"]), config, job["share"], job["num_shares"], lambda num_done: print(num_done, flush=True))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(USERS_MISTAKE)
 
 
 if __name__ == "__main__":
