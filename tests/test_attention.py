@@ -83,3 +83,22 @@ def test_heads_must_divide_the_width():
         Attention(12, 5)
     with pytest.raises(UserError, match="5 heads"):
         CrossAttention(12, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("num_tokens", [33, 64, 129])
+def test_each_attention_of_a_gpu_is_the_formula_in_float64(dtype, tolerance, num_tokens):
+    device = torch.device("cuda")
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    kinds = {"sdpa", choose_attention("auto", device, precision).kind}
+    q, k, v = (torch.randn(2, num_tokens, 3, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    upstream = torch.randn(2, num_tokens, 3, 64, device=device, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    expected = attention.attend(*exact, "sdpa")
+    wanted = torch.autograd.grad((expected * upstream.double()).sum(), exact)
+    for kind in kinds:
+        found = attention.attend(q, k, v, kind)
+        assert torch.allclose(found.double(), expected, atol=tolerance, rtol=tolerance), kind
+        for name, ours, theirs in zip("qkv", torch.autograd.grad((found * upstream).sum(), (q, k, v)), wanted, strict=True):
+            assert (ours.double() - theirs).norm() <= tolerance * theirs.norm(), (kind, name)

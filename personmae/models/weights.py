@@ -40,7 +40,7 @@ def load_encoder(path: Path) -> VisionTransformer:
     except FileNotFoundError as error:
         raise UserError(f"no weights at {path}; give the encoder.safetensors of a run") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); copy it again from the run that wrote it") from error
+        raise UserError(f"{path} cannot be read as safetensors ({error}); give the encoder.safetensors of a run, copied whole") from error
     if header is None:
         raise UserError(f"{path} has no personmae header; it was not written by this project")
     encoder = VisionTransformer(from_plain(VitConfig, json.loads(header)))

@@ -101,16 +101,3 @@ def mean_token_loss(targets: Tensor, where: Tensor | None = None) -> Tensor:  # 
     if chosen.shape[0] == 0:
         return torch.full((), math.nan, device=targets.device)
     return chosen.var(dim=0, correction=0).mean()
-
-
-@torch.no_grad()
-def shuffled_loss(predicted: Tensor, targets: Tensor) -> Tensor:  # [B, L, D], [B, L, D] -> []
-    """The mean squared error against the targets of another image of the batch (the next one, cyclically).
-
-    A prediction that uses its image has a loss well below this one; an equal loss means that it predicts the average
-    person. Returns float32. Raises ValueError for fewer than two images or unequal shapes.
-    """
-    if predicted.shape != targets.shape or predicted.shape[0] < 2:
-        shapes = f"predicted {list(predicted.shape)} and targets {list(targets.shape)}"
-        raise ValueError(f"{shapes} must have one shape, with at least 2 images")
-    return (predicted.float() - targets.float().roll(1, dims=0)).square().mean()
