@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import json
 import math
@@ -328,3 +329,19 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     book = logbook(tmp_path, tensorboard=True, stream=Terminal())
     book.close()
     book.close()
+
+
+def test_a_terminal_without_a_width_still_shows_the_bar(tmp_path: Path) -> None:
+    main, terminal = os.openpty()  # a new one has 0 columns
+    with os.fdopen(terminal, "w") as stream:
+        assert os.get_terminal_size(terminal).columns == 0
+        with Logbook(tmp_path / "run", num_steps=4, images_per_step=2, log_every=2, tensorboard=False, stream=stream) as logbook:
+            logbook.log(1, {"loss_pixels": 1.5})
+            logbook.log(2, {"loss_pixels": 1.5})
+    shown = ""
+    with contextlib.suppress(OSError):  # the end of a terminal that is closed
+        while part := os.read(main, 65536):
+            shown += part.decode()
+    os.close(main)
+    assert "2/4" in shown
+    assert "pixels 1.5" in shown

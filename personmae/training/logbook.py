@@ -175,7 +175,8 @@ class Logbook:
                 initial=resume_step,
                 file=self._stream,
                 unit="step",
-                dynamic_ncols=True,
+                dynamic_ncols=has_width(self._stream),
+                ncols=None if has_width(self._stream) else 120,
                 bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )
 
@@ -239,6 +240,14 @@ class Logbook:
                 file=self._stream,
                 flush=True,
             )
+
+
+def has_width(terminal: TextIO) -> bool:
+    """Whether a terminal knows its width. Some (in containers) say 0 columns, in which a bar would be drawn as nothing."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 def describe_line(line: Mapping[str, float]) -> str:
