@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from personmae.training.environment import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,16 +82,6 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
     }
-
-
-def commit() -> str:
-    """The commit of the working tree, marked when files differ from it; "unknown" outside a repository."""
-    try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{revision} with changes" if changes else revision
 
 
 def write_result(path: Path, benchmark: str, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:

@@ -75,10 +75,11 @@ def main(config: PretrainConfig) -> int:
             raise UserError("no images were given; add --data.source FOLDER (or a text file with one path a line)")
         # What the run is over and where it stands: found by the main process, the same in all.
         index = processes.from_main(lambda: open_index(config))
+        digest = index.digest()
         with processes.main_first():
             plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions)
             plan.batch(0, 0, processes.world_size * config.accumulation)
-            saved = load_to_resume(config, index, print if processes.is_main else silence)
+            saved = load_to_resume(config, digest, print if processes.is_main else silence)
         first = saved.step if saved else 0
         check_agreement(processes, first)
         total = num_steps(config.schedule, plan.steps_per_epoch)
@@ -195,7 +196,7 @@ def main(config: PretrainConfig) -> int:
                     if checkpoint_due:
                         with processes.main_first():
                             if processes.is_main:
-                                state = checkpoint_state(config, index, model, teacher, optimiser)
+                                state = checkpoint_state(config, digest, model, teacher, optimiser)
                                 save_checkpoint(config.run_dir / "checkpoints", step, state, config.keep_last)
                     if pictures_due:
                         with autocast(device, precision):
@@ -288,12 +289,12 @@ def draw_reconstructions(
 
 
 def checkpoint_state(
-    config: PretrainConfig, index: ImageIndex, model: PersonMAE, teacher: Teacher, optimiser: torch.optim.Optimizer
+    config: PretrainConfig, digest: str, model: PersonMAE, teacher: Teacher, optimiser: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """What a checkpoint holds. Order, boxes, flips and masks need no state: they follow from the seed and the step."""
+    """What a checkpoint holds. digest: of the run's index. Order, boxes, flips and masks need no state: they follow from the seed and the step."""
     return {
         "config": to_plain(config),
-        "index": index.digest(),
+        "index": digest,
         "model": model.state_dict(),
         "teacher": teacher.state_dict() if config.teacher.kind == "ema" else None,
         "optimiser": optimiser.state_dict(),
@@ -330,7 +331,7 @@ def check_agreement(processes: Processes, first: int) -> None:
         )
 
 
-def load_to_resume(config: PretrainConfig, index: ImageIndex, say: Callable[[str], object]) -> Checkpoint | None:
+def load_to_resume(config: PretrainConfig, digest: str, say: Callable[[str], object]) -> Checkpoint | None:
     """The newest good checkpoint of the run folder, checked against this run; None to start from nothing.
 
     Every process reads the same file. Raises UserError if it is of other settings or other images, or if the folder
@@ -348,7 +349,7 @@ def load_to_resume(config: PretrainConfig, index: ImageIndex, say: Callable[[str
             f"{saved.path} is of a run with other settings ({'; '.join(changed[:5])}); "
             "choose another --run-dir, or give the settings of that one"
         )
-    if saved.state["index"] != index.digest():
+    if saved.state["index"] != digest:
         raise UserError(
             f"{saved.path} was trained on other images than {config.data.source} holds now; "
             "choose another --run-dir, or restore the images"

@@ -25,7 +25,6 @@ from personmae.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    newest_checkpoint,
     restore_module,
     restore_optimiser,
     save_checkpoint,
@@ -49,6 +48,11 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and bool(a == b)
+
+
+def newest_checkpoint(folder: Path, announce: Callable[[str], object]) -> Path | None:
+    newest = load_newest(folder, announce)
+    return None if newest is None else newest.path
 
 
 def names(folder: Path) -> list[str]:

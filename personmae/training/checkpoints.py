@@ -51,7 +51,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], keep_l
 
     state: nested mappings (keys str or int), lists and tuples of dense tensors and None, bool, int, float, str, bytes.
     A file of a later step belongs to a continuation that was given up (or is broken): it is set aside under the name
-    step_0002000.pt.aside, neither removed nor found by `newest_checkpoint`.
+    step_0002000.pt.aside, neither removed nor found by `load_newest`.
 
     Raises TypeError naming the place of a value that is neither tensor nor plain; UserError if the disk refuses (full,
     no permission): the earlier checkpoints are then untouched and no temporary file stays behind.
@@ -128,14 +128,6 @@ def load_newest(folder: Path, announce: Callable[[str], object]) -> Checkpoint |
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {folder} can be read; move the folder away to start from the beginning")
     return None
-
-
-def newest_checkpoint(folder: Path, announce: Callable[[str], object]) -> Path | None:
-    """The path of the newest checkpoint that is good: `load_newest` without keeping what was read. In a run of several
-    processes one process asks and tells the others.
-    """
-    newest = load_newest(folder, announce)
-    return None if newest is None else newest.path
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:

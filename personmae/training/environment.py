@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ def describe_environment() -> dict[str, str | int]:
     """For config.json, JSON-ready: date, commit of the checkout ("unknown" outside one), versions, processor and cores."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "commit": _commit(),
+        "commit": commit(),
         "personmae": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -27,11 +26,19 @@ def describe_environment() -> dict[str, str | int]:
     }
 
 
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
+def commit() -> str:
+    """The commit of the checkout that this file belongs to, marked when files differ from it; "unknown" for an installed copy.
+
+    An installed copy may lie inside somebody else's repository (a .venv in it), whose commit would say nothing.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        revision, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    found = subprocess.run(
-        [git, "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
+    return f"{revision} with changes" if changes else revision
