@@ -1,8 +1,13 @@
 """Shared by all tests: one thread in each process, so that sums are equal to the bit across processes and a busy machine is not thrashed; and tests
-marked `gpu` are skipped where there is none."""
+marked `gpu` are skipped where there is none; Triton's kernels then run in its interpreter, which is asked for before they are defined."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,13 @@
 """The operators of PersonMAE: each one function with a plain PyTorch reference that is its specification."""
 
+from personmae_kernels.patch_loss import patch_loss
 from personmae_kernels.reference import (
     CellLosses,
     assemble_tokens,
     cell_coordinates,
     feature_loss,
     gather_visible,
-    patch_loss,
+    join_tokens,
     patch_rows,
     patch_targets,
     region_codes,
@@ -19,6 +20,7 @@ __all__ = [
     "cell_coordinates",
     "feature_loss",
     "gather_visible",
+    "join_tokens",
     "patch_loss",
     "patch_rows",
     "patch_targets",

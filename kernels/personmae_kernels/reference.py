@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from personmae_kernels.checks import axis_sizes, check_dtype, wide
+
 FeatureLossKind = Literal["mse", "smooth-l1", "cosine"]
+
+
+class AddedNorm(NamedTuple):
+    """What add_layer_norm returns."""
+
+    stream: Tensor  # the residual stream with the branch added, in the stream's dtype
+    normed: Tensor  # its LayerNorm, in the branch's dtype
 
 
 class CellLosses(NamedTuple):
@@ -24,56 +33,85 @@ class CellLosses(NamedTuple):
     per_cell: Tensor  # [B, L] float32, unweighted, without gradient
 
 
+def check_patches(images: Tensor, patch_px: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless images are uint8 [B, H, W, C] that divide into patches of patch_px, with a mean and
+    a positive std for each channel."""
+    sizes = axis_sizes(images=(images, "B H W C"))
+    check_dtype(torch.uint8, images=images)
+    if patch_px < 1 or sizes["H"] % patch_px or sizes["W"] % patch_px:
+        raise ValueError(f"patch_px: images of {sizes['H']}x{sizes['W']} pixels do not divide into patches of {patch_px}x{patch_px}")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != sizes["C"]:
+            raise ValueError(f"{name}: one value for each of {sizes['C']} channels is needed, got {len(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"std: positive values are needed, got {list(std)}")
+
+
 def _cut_patches(values: Tensor, patch_px: int) -> Tensor:  # [B, H, W, C] -> [B, L, C * patch * patch], element order (c, y, x)
     B, H, W, C = values.shape
-    if H % patch_px or W % patch_px:
-        raise ValueError(f"images of {H}x{W} pixels do not divide into patches of {patch_px}x{patch_px}")
     cut = values.reshape(B, H // patch_px, patch_px, W // patch_px, patch_px, C)
     return cut.permute(0, 1, 3, 5, 2, 4).reshape(B, (H // patch_px) * (W // patch_px), C * patch_px * patch_px)
 
 
-def patch_rows(images: Tensor, visible: Tensor | None, patch_px: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def patch_rows(
+    images: Tensor, visible: Tensor | None, patch_px: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Normalised patches of the wanted tokens as rows, ready for one matrix product with the patch embedding.
 
-    images: uint8 [B, H, W, C]. visible: int [B, V] patch numbers (row-major on the grid), or None for all L patches.
-    mean, std: of each channel, on the scale [0, 1]. Returns float32 [B, V, C * patch_px**2] = (image / 255 - mean) / std, in element order
-    (c, y, x), which is that of `nn.Conv2d.weight.view(D, -1)`. Raises TypeError for images that are not uint8 [B, H, W, C].
+    images: uint8 [B, H, W, C]. visible: int32 or int64 [B, V] patch numbers (row-major on the grid), or None for all L patches.
+    mean, std: of each channel, on the scale [0, 1]. dtype: of the result. Returns [B, V, C * patch_px**2] = (image / 255 - mean) / std, in
+    element order (c, y, x), which is that of `nn.Conv2d.weight.view(D, -1)`.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise TypeError(f"images must be uint8 [B, H, W, C], not {images.dtype} {tuple(images.shape)}")
     patches = _cut_patches(images, patch_px)
     if visible is not None:
         patches = gather_visible(patches, visible)
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), patch_px, images.device)
-    return torch.addcmul(shift, patches.float(), scale)
+    scale, shift = channel_scale_and_shift(tuple(mean), tuple(std), patch_px, images.device)
+    return torch.addcmul(shift, patches.float(), scale).to(dtype)
 
 
 @functools.lru_cache(maxsize=32)
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], patch_px: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def channel_scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], patch_px: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[P] each, kept on the device: making them anew would wait for the copy at every call."""
     scale = torch.tensor([1.0 / (255.0 * s) for s in std]).repeat_interleave(patch_px * patch_px)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).repeat_interleave(patch_px * patch_px)
     return scale.to(device), shift.to(device)
 
 
-def gather_visible(tokens: Tensor, visible: Tensor) -> Tensor:
-    """The visible tokens of each image. tokens: [B, L, D], visible: int [B, V] -> [B, V, D]."""
+def gather_visible(tokens: Tensor, visible: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The visible tokens of each image, their positions added: tokens[b, visible[b, v]] + positions[visible[b, v]].
+
+    tokens: [B, L, D]. visible: int32 or int64 [B, V], no patch twice in an image. positions: [L, D], without gradient, or None.
+    Returns [B, V, D] in the dtype of tokens.
+    """
     B, L, D = tokens.shape
     offsets = torch.arange(B, device=tokens.device)[:, None] * L
-    return tokens.reshape(B * L, D).index_select(0, (visible + offsets).reshape(-1)).reshape(B, visible.shape[1], D)
+    chosen = tokens.reshape(B * L, D).index_select(0, (visible + offsets).reshape(-1)).reshape(B, visible.shape[1], D)
+    return chosen if positions is None else (chosen + F.embedding(visible, positions)).to(tokens.dtype)
 
 
 def assemble_tokens(tokens: Tensor, visible: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
-    """The full token grid of a decoder: visible tokens in their places, the mask token elsewhere, positions added to all (He et al., MAE, 2022).
+    """The input of MAE's decoder (He et al., 2022): the class token, then the grid with the visible tokens in their places and the mask token
+    elsewhere; positions are added to the grid.
 
-    tokens: [B, V, D]. visible: int [B, V]. mask_token: [D]. positions: [L, D]. Returns [B, L, D].
+    tokens: [B, 1 + V, D], class token first. visible: int32 or int64 [B, V], no patch twice in an image. mask_token: [D]. positions: [L, D],
+    without gradient. Returns [B, 1 + L, D] in the dtype of tokens.
     """
-    B, V, D = tokens.shape
+    B, V, D = visible.shape[0], visible.shape[1], tokens.shape[2]
     L = positions.shape[0]
     offsets = torch.arange(B, device=tokens.device)[:, None] * L
-    grid = mask_token.to(tokens.dtype).expand(B * L, D)
-    grid = grid.index_copy(0, (visible + offsets).reshape(-1), tokens.reshape(B * V, D))
-    return grid.reshape(B, L, D) + positions.to(tokens.dtype)
+    grid = wide(mask_token).expand(B * L, D).index_copy(0, (visible + offsets).reshape(-1), wide(tokens[:, 1:]).reshape(B * V, D))
+    return torch.cat([tokens[:, :1], (grid.reshape(B, L, D) + positions).to(tokens.dtype)], dim=1)
+
+
+def join_tokens(tokens: Tensor, visible: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
+    """The input of a joint decoder (Tao et al., Siamese Image Modeling, 2023): the class token, the visible tokens with their positions added, the
+    queries, in one sequence.
+
+    tokens: [B, 1 + V, D], class token first. visible: int32 or int64 [B, V]. positions: [L, D], without gradient. queries: [B, Q, D]. Returns
+    [B, 1 + V + Q, D] in the dtype of tokens.
+    """
+    placed = (tokens[:, 1:] + F.embedding(visible, positions)).to(tokens.dtype)
+    return torch.cat([tokens[:, :1], placed, queries.to(tokens.dtype)], dim=1)
 
 
 def _sin_cos(values: Tensor, num_channels: int) -> Tensor:  # [...] -> [..., num_channels], base 10000, first all sines
@@ -172,7 +210,7 @@ def patch_loss(
     (1 / number of cells, accumulation, ramp) goes in here. The target is that of `patch_targets`.
     """
     target = patch_targets(images, patch_px, mean, std, per_channel, eps)
-    per_cell = (predicted.float() - target).square().mean(-1)
+    per_cell = (wide(predicted) - target).square().mean(-1)
     return CellLosses((per_cell * weights).sum(), per_cell.detach())
 
 
@@ -186,8 +224,8 @@ def feature_loss(
     """
     width = predicted.shape[-1]
     with torch.no_grad():
-        target = F.layer_norm(target.float(), (width,), eps=eps)
-    predicted = predicted.float()
+        target = F.layer_norm(wide(target), (width,), eps=eps)
+    predicted = wide(predicted)
     if normalise_predicted:
         predicted = F.layer_norm(predicted, (width,), eps=eps)
     if kind == "mse":
@@ -199,3 +237,96 @@ def feature_loss(
     else:
         raise ValueError(f"kind must be mse, smooth-l1 or cosine, not {kind!r}")
     return CellLosses((per_cell * weights).sum(), per_cell.detach())
+
+
+def add_layer_norm(
+    stream: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> AddedNorm:
+    """Adds a branch to the residual stream and normalises the sum: the seam between two branches of a pre-norm transformer.
+
+        stream' = stream + row_scale * branch_scale * branch       rounded once to the stream's dtype
+        normed  = LayerNorm(stream') * weight + bias               statistics in float32 of the rounded stream
+
+    stream, branch: [B, N, D], each float32 or bfloat16. weight, bias: float32 [D]. branch_scale: float32 [D], LayerScale (Touvron et al., 2021), or
+    None. row_scale: float32 [B], drop path (0, or 1 / share kept), without gradient, or None.
+    """
+    added = wide(branch)
+    if branch_scale is not None:
+        added = added * branch_scale
+    if row_scale is not None:
+        added = added * row_scale[:, None, None]
+    stream = (wide(stream) + added).to(stream.dtype)
+    normed = F.layer_norm(wide(stream), (stream.shape[-1],), weight, bias, eps)
+    return AddedNorm(stream, normed.to(branch.dtype))
+
+
+def short_attention(qkv: Tensor) -> Tensor:
+    """Self-attention over the packed output of one linear layer: softmax(q k^T / sqrt(d)) v for each head.
+
+    qkv: [B, N, 3, H, d], N at most 256, d 32 or 64. Returns [B, N, H, d].
+    """
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def short_cross_attention(q: Tensor, kv: Tensor) -> Tensor:
+    """Attention of queries to a packed context. q: [B, N, H, d]. kv: [B, M, 2, H, d], N and M at most 256, d 32 or 64. Returns [B, N, H, d]."""
+    k, v = kv.transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x weight^T + bias) with the exact GELU, forward only: for the teacher, which has no backward pass.
+
+    x: [..., D]. weight: [E, D]. bias: [E]. Returns [..., E] in the dtype of x.
+    """
+    return F.gelu(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)))
+
+
+# What stands in adamw_ema's tensor of hyper-parameters, in this order.
+ADAMW_HYPER = ("learning_rate", "beta1", "beta2", "eps", "correction1", "correction2", "gradient_scale", "ema_momentum")
+
+
+def adamw_ema_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    hyper: Tensor,
+    weight_decays: Sequence[float],
+    averages: Sequence[Tensor] = (),
+    copies: Sequence[Tensor] = (),
+    average_copies: Sequence[Tensor] = (),
+) -> None:
+    """One step of AdamW (Loshchilov & Hutter, 2019), of the moving average of the parameters, and of their bfloat16 copies, in place.
+
+        g  = gradient_scale * gradient
+        p  = p * (1 - learning_rate * weight_decay)
+        m  = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
+        p  = p - learning_rate * (m / correction1) / (sqrt(v / correction2) + eps)
+        average = ema_momentum * average + (1 - ema_momentum) * p,      copy = bfloat16(p),      average_copy = bfloat16(average)
+
+    parameters, first_moments, second_moments: float32, alike in shape. gradients: float32 or bfloat16. hyper: float32 [8] on their device, as
+    named in ADAMW_HYPER, with correction1 = 1 - beta1**t and correction2 = 1 - beta2**t: on the device, so that no step waits for the host and a CUDA
+    graph can replay it. weight_decays: one for each parameter. averages (float32), copies and average_copies (bfloat16): each one for each
+    parameter, or empty.
+    """
+    rate, beta1, beta2, eps, correction1, correction2, scale, momentum = hyper.unbind()
+    for i, (p, gradient, m, v) in enumerate(zip(parameters, gradients, first_moments, second_moments, strict=True)):
+        g = gradient.to(p.dtype) * scale
+        p.mul_(1 - rate * weight_decays[i])
+        m.lerp_(g, (1 - beta1).to(m.dtype))
+        v.mul_(beta2).addcmul_(g, g * (1 - beta2))
+        p.sub_(rate * (m / correction1) / ((v / correction2).sqrt() + eps))
+        if averages:
+            averages[i].lerp_(p, (1 - momentum).to(p.dtype))
+        if copies:
+            copies[i].copy_(p)
+        if average_copies:
+            average_copies[i].copy_(averages[i])

@@ -12,12 +12,11 @@ import dataclasses
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personmae.models.attention import Attention, CrossAttention
 from personmae.models.vit import Block, Mlp, sin_cos_positions
-from personmae_kernels import assemble_tokens, region_queries
+from personmae_kernels import assemble_tokens, join_tokens, region_queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,12 +84,11 @@ class Decoder(nn.Module):
             for block in self.blocks:
                 x = block(x, context)
         elif self.config.form == "joint":
-            placed = context[:, 1:] + F.embedding(visible, self.positions)
-            x = torch.cat([context[:, :1], placed, self._queries(boxes, flips)], dim=1)
+            x = join_tokens(context, visible, self.positions, self._queries(boxes, flips))
             for block in self.blocks:
                 x = block(x)
         else:
-            x = torch.cat([context[:, :1], assemble_tokens(context[:, 1:], visible, self.mask_token, self.positions)], dim=1)
+            x = assemble_tokens(context, visible, self.mask_token, self.positions)
             for block in self.blocks:
                 x = block(x)
         return self.head(self.norm(x[:, -num_cells:]))

@@ -1,0 +1,107 @@
+"""Which form of an operator runs, and the one place where Triton kernels are launched.
+
+By default tensors on CUDA go to the Triton kernels; all others to the compiled operator where there is one and it is built, else to the reference in
+plain PyTorch. PERSONMAE_OPERATORS in the environment, or `use_operators`, forces a form:
+
+    reference   plain PyTorch, everywhere
+    triton      the Triton kernels. On a CPU they run in Triton's interpreter, which takes TRITON_INTERPRET=1 before Python starts: slow, for tests
+    compiled    the C++ and CUDA operators of csrc/, for those operators that have them; the others as by default
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from personmae_kernels import compiled, interpreter
+
+Form = Literal["reference", "triton", "compiled"]
+_forced: Form | None = None
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, as `launch` was called."""
+
+    kernel: Any  # triton's JITFunction (InterpretedFunction in the interpreter)
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # in the order of the kernel's parameters
+    constants: dict[str, Any]  # the tl.constexpr parameters by name
+    num_warps: int
+    num_stages: int
+
+
+_records: list[Launch] | None = None
+_skip = False
+
+
+def use_operators(form: Form | None) -> None:
+    """Forces a form for the rest of the process; None goes back to PERSONMAE_OPERATORS, or without it to the device's own."""
+    global _forced
+    if form not in (*get_args(Form), None):
+        raise ValueError(f"form: reference, triton, compiled or None is needed, got {form!r}")
+    _forced = form
+
+
+def form_for(tensor: Tensor, has_compiled: bool = False) -> Form:
+    """The form of an operator for this tensor.
+
+    has_compiled: the operator has a compiled form for the tensor's device. Raises ValueError for a PERSONMAE_OPERATORS that is none of the forms,
+    RuntimeError for a form that is asked for and cannot run, TypeError for float64, which the Triton kernels do not compute in.
+    """
+    asked = _forced or os.environ.get("PERSONMAE_OPERATORS") or ""
+    if asked not in ("", *get_args(Form)):
+        raise ValueError(f"PERSONMAE_OPERATORS is {asked!r}; it may be reference, triton or compiled")
+    if asked == "reference":
+        return "reference"
+    if asked == "compiled" and has_compiled:
+        if not compiled.available():
+            raise RuntimeError(f"PERSONMAE_OPERATORS is compiled, but {compiled.why_missing()}")
+        return "compiled"
+    if asked != "triton" and not tensor.is_cuda:
+        return "compiled" if has_compiled and compiled.available() else "reference"
+    if not (tensor.is_cuda or interpreter.wanted() or _skip):
+        raise RuntimeError(
+            f"the Triton operators cannot run on {tensor.device}: unset PERSONMAE_OPERATORS for plain PyTorch, or set TRITON_INTERPRET=1 "
+            "before Python starts to run them in Triton's interpreter (slow, for tests)"
+        )
+    if tensor.dtype == torch.float64:
+        raise TypeError("the Triton operators do not compute in float64; PERSONMAE_OPERATORS=reference does")
+    return "triton"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
+    """Launches kernel[grid] on the device of its first tensor argument; nothing for an empty grid.
+
+    arguments: tensors, integers, floats and None, in the order of the kernel's parameters. constants: its tl.constexpr parameters.
+    """
+    if 0 in grid:
+        return
+    if _records is not None:
+        _records.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+    if _skip:
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    else:
+        interpreter.mend()
+        kernel[grid](*arguments, **constants)
+
+
+@contextlib.contextmanager
+def recorded(run: bool = True) -> Iterator[list[Launch]]:
+    """The launches inside the context, in order. run=False only notes them, on any device: to compile kernels ahead of time as they would be
+    launched, without a GPU; the results of the operators are then meaningless."""
+    global _records, _skip
+    before = (_records, _skip)
+    _records, _skip = [], not run
+    try:
+        yield _records
+    finally:
+        _records, _skip = before
