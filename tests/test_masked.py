@@ -100,7 +100,8 @@ def test_plain_mae_is_a_configuration():
         grid[b, batch.visible[b].long()] = tokens[b, 1:]
     x = torch.cat([tokens[:, :1], grid + decoder.positions], dim=1)
     for block in decoder.blocks:
-        x = block(x)
+        x = x + block.attn(block.norm1(x))
+        x = x + block.mlp(block.norm2(x))
     predicted = decoder.head(decoder.norm(x))[:, 1:]
     pixels = (batch.region_a.float() / 255 - torch.tensor(ENCODER.mean)) / torch.tensor(ENCODER.std)
     patches = pixels.view(3, 8, 8, 4, 8, 3).permute(0, 1, 3, 5, 2, 4).reshape(3, 32, 192)

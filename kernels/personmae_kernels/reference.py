@@ -167,17 +167,17 @@ def region_queries(boxes: Tensor, flips: Tensor, grid: tuple[int, int], mask_tok
     """Decoder queries: the mask token plus the projected relative code of each cell of region B.
 
     boxes: int [B, 2, 4]. flips: bool [B, 2]. mask_token, bias: [D]. weight: [D, 2 D], over the concatenation (row, column, scale) of
-    `region_codes`. Returns float32 [B, L, D]. The map is linear, so the few distinct rows, columns and scales are projected and added; the codes
-    [B, L, 2 D] are never written.
+    `region_codes`. Returns [B, L, D] in the dtype of the projections (autocast's where it is on), the sums taken in float32. The map is linear, so the
+    few distinct rows, columns and scales are projected and added; the codes [B, L, 2 D] are never written.
     """
     width = mask_token.shape[-1]
-    codes = region_codes(boxes, flips, grid, width)
+    codes = RegionCodes(*(code.to(weight.dtype) for code in region_codes(boxes, flips, grid, width)))
     half = width // 2
     rows = F.linear(codes.rows, weight[:, :half])
     columns = F.linear(codes.columns, weight[:, half:width])
-    scale = F.linear(codes.scale, weight[:, width:], bias) + mask_token
-    queries = (rows + scale[:, None])[:, :, None] + columns[:, None]
-    return queries.flatten(1, 2)
+    scale = wide(F.linear(codes.scale, weight[:, width:], bias)) + mask_token
+    queries = (wide(rows) + scale[:, None])[:, :, None] + wide(columns)[:, None]
+    return queries.flatten(1, 2).to(rows.dtype)
 
 
 def patch_targets(
@@ -253,8 +253,7 @@ def add_layer_norm(
         stream' = stream + row_scale * branch_scale * branch       rounded once to the stream's dtype
         normed  = LayerNorm(stream') * weight + bias               statistics in float32 of the rounded stream
 
-    stream, branch: [B, N, D], each float32 or bfloat16. weight, bias: float32 [D]. branch_scale: float32 [D], LayerScale (Touvron et al., 2021), or
-    None. row_scale: float32 [B], drop path (0, or 1 / share kept), without gradient, or None.
+    stream, branch: [B, N, D], weight, bias: [D], branch_scale: [D], LayerScale (Touvron et al., 2021), or None: each of any floating dtype. row_scale: float32 [B], drop path (0, or 1 / share kept), without gradient, or None.
     """
     added = wide(branch)
     if branch_scale is not None:
@@ -262,7 +261,7 @@ def add_layer_norm(
     if row_scale is not None:
         added = added * row_scale[:, None, None]
     stream = (wide(stream) + added).to(stream.dtype)
-    normed = F.layer_norm(wide(stream), (stream.shape[-1],), weight, bias, eps)
+    normed = F.layer_norm(wide(stream), (stream.shape[-1],), wide(weight), wide(bias), eps)
     return AddedNorm(stream, normed.to(branch.dtype))
 
 

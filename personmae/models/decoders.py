@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae.models.attention import Attention, CrossAttention
-from personmae.models.vit import Block, Mlp, sin_cos_positions
+from personmae.models.vit import Block, Mlp, Residual, sin_cos_positions
 from personmae_kernels import assemble_tokens, join_tokens, region_queries
 
 
@@ -44,10 +44,11 @@ class CrossBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # [B, L, D], [B, M, D] -> [B, L, D]
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), self.norm_context(context))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Residual, context: Tensor) -> Residual:  # context: [B, M, D]
+        stream, normed = x.add_and_norm(self.norm1)
+        stream, normed = Residual(stream, self.attn(normed)).add_and_norm(self.norm_cross)
+        stream, normed = Residual(stream, self.cross_attn(normed, self.norm_context(context))).add_and_norm(self.norm2)
+        return Residual(stream, self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -78,17 +79,15 @@ class Decoder(nn.Module):
         """context: [B, 1 + V, E], the encoder's class and visible tokens. visible: int [B, V], their places on A's grid. boxes: int [B, 2, 4] and
         flips: bool [B, 2] of A and B. Returns [B, L, out_width], cells of B in row-major order."""
         context = self.embed(context)
-        num_cells = len(self.positions)
         if self.config.form == "cross":
-            x = self._queries(boxes, flips)
+            x = Residual(self._queries(boxes, flips))
             for block in self.blocks:
                 x = block(x, context)
-        elif self.config.form == "joint":
-            x = join_tokens(context, visible, self.positions, self._queries(boxes, flips))
-            for block in self.blocks:
-                x = block(x)
         else:
-            x = assemble_tokens(context, visible, self.mask_token, self.positions)
+            if self.config.form == "joint":
+                x = Residual(join_tokens(context, visible, self.positions, self._queries(boxes, flips)))
+            else:
+                x = Residual(assemble_tokens(context, visible, self.mask_token, self.positions))
             for block in self.blocks:
                 x = block(x)
-        return self.head(self.norm(x[:, -num_cells:]))
+        return self.head(x.add_and_norm(self.norm).normed[:, -len(self.positions) :])

@@ -89,8 +89,12 @@ class PersonMAE(nn.Module):
         for number, part in enumerate(self.children()):
             initialise(part, torch.Generator().manual_seed(seed * 1000 + number))
 
+    def encode(self, inputs: RegionInputs) -> Encoded:
+        """The encoder's tokens of the visible patches of region A."""
+        return self.encoder.encode(inputs.region_a, inputs.visible, keep_first=self.config.low_level_injection)
+
     def predict_pixels(self, encoded: Encoded, inputs: RegionInputs) -> Tensor:  # -> [B, L, 3 * patch**2], standardised patches
-        context = encoded.first if self.config.low_level_injection else encoded.normed
+        context = encoded.normed if encoded.first is None else encoded.first
         return self.pixel_decoder(context, inputs.visible, inputs.boxes, inputs.flips)
 
     def forward(self, inputs: RegionInputs, features: Tensor | None, feature_ramp: float = 1.0, scale: float = 1.0) -> MaskedOutput:
@@ -103,7 +107,7 @@ class PersonMAE(nn.Module):
         origins = cell_origins(inputs.boxes, inputs.flips, inputs.mask, grid)
         chosen = self._chosen_cells(origins).float()
         weights = chosen / chosen.sum(1, keepdim=True).clamp(min=1) / len(chosen)
-        encoded = self.encoder.encode(inputs.region_a, inputs.visible)
+        encoded = self.encode(inputs)
         zero = torch.zeros_like(weights)
         total, pixels, tokens = zero.sum(), zero, zero
         if config.losses != "features":
@@ -139,7 +143,7 @@ class PersonMAE(nn.Module):
         """The target region as predicted, for pictures: uint8 [B, H, W, 3]. A patch is predicted up to its mean and contrast; these are taken from
         the true patch, as in MAE's pictures."""
         encoder = self.config.encoder
-        predicted = self.predict_pixels(self.encoder.encode(inputs.region_a, inputs.visible), inputs).float()
+        predicted = self.predict_pixels(self.encode(inputs), inputs).float()
         rows = patch_rows(inputs.region_b, None, encoder.patch_px, encoder.mean, encoder.std)
         if self.config.per_channel_pixels:
             predicted, rows = predicted.unflatten(-1, (3, -1)), rows.unflatten(-1, (3, -1))

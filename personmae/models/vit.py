@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from personmae.configs import UserError
 from personmae.models.attention import Attention
-from personmae_kernels import patch_rows
+from personmae_kernels import AddedNorm, add_layer_norm, patch_rows
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,6 +54,11 @@ def sin_cos_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([y, x], dim=2).reshape(rows * columns, width).float()
 
 
+def matrix_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which matrix products run on this device just now: that of autocast where it is on, else float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them."""
 
@@ -66,6 +71,23 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Residual(NamedTuple):
+    """A residual stream and the branch that is still to be added to it: the addition is made together with the next LayerNorm."""
+
+    stream: Tensor  # [B, N, D]
+    branch: Tensor | None = None  # [B, N, D]
+
+    def add_and_norm(self, norm: nn.LayerNorm) -> AddedNorm:
+        """The stream with its branch added, and the LayerNorm of that, in one pass."""
+        if self.branch is None:
+            return AddedNorm(self.stream, norm(self.stream))
+        return add_layer_norm(self.stream, self.branch, norm.weight, norm.bias, eps=norm.eps)
+
+    def add(self) -> Tensor:
+        """The stream with its branch added."""
+        return self.stream if self.branch is None else self.stream + self.branch
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -76,9 +98,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Residual) -> Residual:
+        stream, normed = x.add_and_norm(self.norm1)
+        stream, normed = Residual(stream, self.attn(normed)).add_and_norm(self.norm2)
+        return Residual(stream, self.mlp(normed))
 
 
 class PatchEmbed(nn.Module):
@@ -97,7 +120,7 @@ class Encoded(NamedTuple):
 
     tokens: Tensor  # [B, (1 +) V, D], after the last block, before the final norm
     normed: Tensor  # the same after the final norm
-    first: Tensor  # [B, (1 +) V, D], after the first block
+    first: Tensor | None  # [B, (1 +) V, D], after the first block, where asked for
 
 
 class VisionTransformer(nn.Module):
@@ -123,29 +146,31 @@ class VisionTransformer(nn.Module):
         """Width of a token (timm's name)."""
         return self.config.width
 
-    def encode(self, images: Tensor, visible: Tensor | None = None, with_class: bool = True) -> Encoded:
+    def encode(self, images: Tensor, visible: Tensor | None = None, with_class: bool = True, keep_first: bool = False) -> Encoded:
         """Encode whole images, or only their visible patches.
 
-        images: uint8 [B, H, W, 3] RGB. visible: int [B, V] patch numbers, or None for all. with_class: prepend the class token.
+        images: uint8 [B, H, W, 3] RGB. visible: int [B, V] patch numbers, or None for all. with_class: prepend the class token. keep_first: give
+        the tokens after the first block too.
         Token i of the result is the class token (i = 0, if asked for), then the patches in the order of `visible`.
         """
         config = self.config
         if tuple(images.shape[1:]) != (*config.image_size, 3):
             raise ValueError(f"images must be uint8 [B, {config.image_size[0]}, {config.image_size[1]}, 3], not {tuple(images.shape)}")
-        x = self.patch_embed(patch_rows(images, visible, config.patch_px, config.mean, config.std))
+        x = self.patch_embed(patch_rows(images, visible, config.patch_px, config.mean, config.std, matrix_dtype(images.device)))
         positions = self.pos_embed[0, 1:]
         x = x + (positions if visible is None else F.embedding(visible, positions))
-        return self._run_blocks(x, with_class)
+        return self._run_blocks(x, with_class, keep_first)
 
-    def _run_blocks(self, x: Tensor, with_class: bool) -> Encoded:
+    def _run_blocks(self, x: Tensor, with_class: bool, keep_first: bool = False) -> Encoded:
         if with_class:
             x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        first = x
+        residual, first = Residual(x), None
         for number, block in enumerate(self.blocks):
-            x = block(x)
-            if number == 0:
-                first = x
-        return Encoded(x, self.norm(x), first)
+            residual = block(residual)
+            if keep_first and number == 0:
+                first = residual.add()
+        tokens, normed = residual.add_and_norm(self.norm)
+        return Encoded(tokens, normed, first)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """timm's entry: normalised float pixels [B, 3, H, W] -> tokens after the final norm [B, 1 + L, D], class token first."""
