@@ -61,7 +61,7 @@ def compile_cuda(build_folder: Path) -> tuple[list[str], list[str]]:
     try:
         for source in sources:
             target = build_folder / f"{source.stem}.cu.o"
-            options = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
+            options = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
             subprocess.run([nvcc, "-c", str(source), "-o", str(target), *options, *architectures], check=True)
             objects.append(str(target))
         # The toolkit's own library folders: nvcc on the path may be a wrapper that lies elsewhere.
@@ -70,7 +70,10 @@ def compile_cuda(build_folder: Path) -> tuple[list[str], list[str]]:
         raise Skipped(f"{nvcc} failed, its messages stand above") from error
     except OSError as error:
         raise Skipped(f"{nvcc} does not start: {error}") from error
-    libraries = [f"-L{folder}" for folder in re.findall(r'"-L([^"]+)"', plan)]
+    folders = re.findall(r'"-L([^"]+)"', plan)
+    if not any((Path(folder) / "libcudart_static.a").exists() for folder in folders):
+        raise Skipped(f"no libcudart_static.a in the library folders of {nvcc}")
+    libraries = [f"-L{folder}" for folder in folders]
     # Linked statically, so that the binary needs no libcudart of one version and also loads on a machine without CUDA.
     return objects, [*libraries, "-l:libcudart_static.a", "-lrt", "-lpthread", "-ldl"]
 
@@ -80,6 +83,8 @@ class OptionalExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Adds what only the build machine knows (torch's folders, nvcc's objects) and compiles."""
+        # Always anew: the dates of the sources say nothing of whether nvcc was there, or of the version of torch.
+        self.force = True
         try:
             cuda = self.configure(ext)
             super().build_extension(ext)

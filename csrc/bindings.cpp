@@ -6,6 +6,11 @@
 STABLE_TORCH_LIBRARY(personmae, m) {
   m.def(
       "block_masks(Tensor seeds, Tensor shapes, Tensor ranges, int rows, int columns, int num_visible, int num_tries) -> Tensor");
+  m.def("gather_visible(Tensor tokens, Tensor visible) -> Tensor");
+  m.def("scatter_visible(Tensor gradient, Tensor visible, int num_tokens) -> Tensor");
+  m.def(
+      "adamw_ema_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
+      "Tensor hyper, float[] weight_decays, Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor(f!)[] average_copies) -> ()");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

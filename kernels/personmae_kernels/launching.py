@@ -47,20 +47,23 @@ def use_operators(form: Form | None) -> None:
     _forced = form
 
 
-def form_for(tensor: Tensor, has_compiled: bool = False) -> Form:
+def form_for(tensor: Tensor, has_compiled: bool = False, has_triton: bool = True) -> Form:
     """The form of an operator for this tensor.
 
-    has_compiled: the operator has a compiled form for the tensor's device. Raises ValueError for a PERSONMAE_OPERATORS that is none of the forms,
+    has_compiled: the operator has a compiled form for the tensor's device. has_triton: it has a Triton form; where not, one that is asked for counts
+    as nothing asked for. Raises ValueError for a PERSONMAE_OPERATORS that is none of the forms,
     RuntimeError for a form that is asked for and cannot run, TypeError for float64, which the Triton kernels do not compute in.
     """
     asked = _forced or os.environ.get("PERSONMAE_OPERATORS") or ""
+    if asked == "triton" and not has_triton:
+        asked = ""
     if asked not in ("", *get_args(Form)):
         raise ValueError(f"PERSONMAE_OPERATORS is {asked!r}; it may be reference, triton or compiled")
     if asked == "reference":
         return "reference"
     if asked == "compiled" and has_compiled:
-        if not compiled.available():
-            raise RuntimeError(f"PERSONMAE_OPERATORS is compiled, but {compiled.why_missing()}")
+        if not compiled.available(tensor.is_cuda):
+            raise RuntimeError(f"PERSONMAE_OPERATORS is compiled, but {compiled.why_missing(tensor.is_cuda)}")
         return "compiled"
     if asked != "triton" and not tensor.is_cuda:
         return "compiled" if has_compiled and compiled.available() else "reference"
@@ -72,6 +75,17 @@ def form_for(tensor: Tensor, has_compiled: bool = False) -> Form:
     if tensor.dtype == torch.float64:
         raise TypeError("the Triton operators do not compute in float64; PERSONMAE_OPERATORS=reference does")
     return "triton"
+
+
+def describe_operators(device: torch.device) -> str:
+    """The form that operators run in on this device, and why, in one sentence. Raises as form_for does."""
+    asked = _forced or os.environ.get("PERSONMAE_OPERATORS")
+    reason = f"{'asked for' if _forced else 'PERSONMAE_OPERATORS'}" if asked else f"on {device.type}"
+    form = form_for(torch.empty(0, device=device), has_compiled=True)
+    if form == "reference" and not asked:
+        reason += f"; {compiled.why_missing()}"
+    names = {"reference": "plain PyTorch", "triton": "Triton", "compiled": "C++ where an operator has it, else plain PyTorch"}
+    return f"{names[form]} ({reason})"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
