@@ -21,20 +21,26 @@ uniform draw of the shape (h, w) itself. So the shapes with h <= Hg, w <= Wg and
 a draw is uniform over those whose area lies between min(left, m) and max(left, m). The smallest block m is 12 patches of a 16x8 grid,
 in proportion on smaller ones (3 L / 32), no more on larger ones, rounded down to the area of a shape of the table. A block that exceeds
 what is left is taken where it overlaps earlier ones enough; what the tries leave over is made up by single cells.
+
+In Triton one program takes ROWS samples and holds their cells on chip. The `left` smallest keys are those below a bound, which is built bit by bit
+from the highest on, by counting, until exactly `left` keys lie below it: keys are distinct, so that ends. Bytes a sample: its seed and its mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
-from personmae_kernels import compiled
-from personmae_kernels.sample_random import UInt64Array, draws, integers_below
+from personmae_kernels import interpreter, launching
+from personmae_kernels.checks import axis_sizes, check_dtype
+from personmae_kernels.sample_random import GOLDEN, UInt64Array, draws, integers_below
 
 NUM_TRIES = 32
 MAX_CELLS = 1 << 16
@@ -64,6 +70,129 @@ def block_table(grid: tuple[int, int]) -> BlockTable:
     return BlockTable(shapes, np.stack([first, end], axis=1).astype(np.int32))
 
 
+@functools.cache
+def table_on(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table of a grid on a device, copied there once: shapes int32 [S, 2], ranges int32 [L + 1, 2]."""
+    table = block_table(grid)
+    return torch.from_numpy(table.shapes).to(device), torch.from_numpy(table.ranges).to(device)
+
+
+_GOLDEN = tl.constexpr(GOLDEN)
+
+
+@triton.jit
+def word_of(seeds, k):  # type: ignore[no-untyped-def]  # uint64, integer -> uint64, shapes as they broadcast
+    """Draw number k of each seed: sample_random.draws."""
+    z = seeds + (k + 1).to(tl.uint64) * _GOLDEN
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def block_masks_kernel(  # type: ignore[no-untyped-def]
+    seeds_ptr,  # int64 [B], the bits of uint64 words
+    shapes_ptr,  # int32 [S, 2]
+    ranges_ptr,  # int32 [L + 1, 2]
+    masks_ptr,  # uint8 [B, L], out
+    B,
+    num_rows,
+    num_columns,
+    num_hidden,
+    TRIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    samples = tl.arange(0, ROWS)
+    in_batch = samples < B - first
+    cells = tl.arange(0, BLOCK_L)[None, :]
+    L = num_rows * num_columns
+    row, column = cells // num_columns, cells % num_columns
+    seeds = tl.load(seeds_ptr + first + samples, mask=in_batch, other=0).to(tl.uint64, bitcast=True)
+    left = tl.where(in_batch, num_hidden, 0)
+    hidden = tl.zeros([ROWS, BLOCK_L], tl.int1)
+
+    # A sample with nothing left draws on with the others of its program, but no block fits into nothing; ranges has an entry for it.
+    t = 0
+    while (t < TRIES) & (tl.max(left, 0) > 0):
+        k = tl.full([ROWS], 3, tl.int32) * t
+        # Integers below n, by sample_random.integers_below: the upper half of a word times n, above bit 32.
+        shape_word, y_word, x_word = word_of(seeds, k) >> 32, word_of(seeds, k + 1) >> 32, word_of(seeds, k + 2) >> 32
+        lowest, end = tl.load(ranges_ptr + 2 * left), tl.load(ranges_ptr + 2 * left + 1)
+        shape = shapes_ptr + 2 * (lowest + (shape_word * (end - lowest).to(tl.uint64) >> 32).to(tl.int32))
+        height, width = tl.load(shape), tl.load(shape + 1)
+        y = (y_word * (num_rows - height + 1).to(tl.uint64) >> 32).to(tl.int32)
+        x = (x_word * (num_columns - width + 1).to(tl.uint64) >> 32).to(tl.int32)
+        in_rows = (row >= y[:, None]) & (row < (y + height)[:, None])
+        new = in_rows & (column >= x[:, None]) & (column < (x + width)[:, None]) & (hidden == 0)
+        num_new = tl.sum(new.to(tl.int32), 1)
+        taken = (num_new > 0) & (num_new <= left)
+        hidden = hidden | (new & taken[:, None])
+        left -= tl.where(taken, num_new, 0)
+        t += 1
+
+    if tl.max(left, 0) > 0:
+        free = (hidden == 0) & (cells < L)
+        keys = (word_of(seeds[:, None], 3 * TRIES + cells) & 0xFFFFFFFFFFFF0000) | cells.to(tl.uint64)
+        bound = tl.zeros([ROWS], tl.uint64)
+        num_below = tl.zeros([ROWS], tl.int32)
+        bit = tl.full([ROWS], 1 << 63, tl.uint64)
+        while tl.max(left - num_below, 0) > 0:
+            higher = bound | bit
+            num = tl.sum((free & (keys < higher[:, None])).to(tl.int32), 1)
+            bound = tl.where(num <= left, higher, bound)
+            num_below = tl.where(num <= left, num, num_below)
+            bit = bit >> 1
+        hidden = hidden | (free & (keys < bound[:, None]))
+    tl.store(masks_ptr + first * L + samples[:, None] * L + cells, hidden.to(tl.uint8), mask=in_batch[:, None] & (cells < L))
+
+
+@torch.library.custom_op("personmae_triton::block_masks", mutates_args=())
+def _block_masks(seeds: Tensor, num_rows: int, num_columns: int, num_visible: int) -> Tensor:
+    """Returns bool [B, L]."""
+    L = num_rows * num_columns
+    masks = torch.empty(len(seeds), L, device=seeds.device, dtype=torch.bool)
+    block = triton.next_power_of_2(L)
+    # A sample to a program: they end after different numbers of tries. In the interpreter operations cost more than their elements.
+    rows = max(1, min(triton.next_power_of_2(len(seeds)), (1 << 18) // block)) if interpreter.wanted() else 1
+    launching.launch(
+        block_masks_kernel,
+        (triton.cdiv(len(seeds), rows),),
+        seeds.contiguous(),
+        *table_on((num_rows, num_columns), seeds.device),
+        masks.view(torch.uint8),
+        len(seeds),
+        num_rows,
+        num_columns,
+        L - num_visible,
+        num_warps=min(16, max(1, block // 512)),
+        TRIES=NUM_TRIES,
+        ROWS=rows,
+        BLOCK_L=block,
+    )
+    return masks
+
+
+@_block_masks.register_fake
+def _(seeds: Tensor, num_rows: int, num_columns: int, num_visible: int) -> Tensor:
+    return seeds.new_empty((len(seeds), num_rows * num_columns), dtype=torch.bool)
+
+
+def block_masks_of(seeds: Tensor, grid: tuple[int, int], num_visible: int) -> Tensor:
+    """Block-wise masks of a batch, on the device of its seeds: Triton on CUDA, else as `block_masks`; the bits are the same.
+
+    seeds: int64 [B], the bits of uint64 words (numpy's view(np.int64)). grid, num_visible: as in block_masks. Returns bool [B, L]. Raises TypeError
+    or ValueError, naming the argument, for other shapes or dtypes and for a grid or count that is out of range.
+    """
+    axis_sizes(seeds=(seeds, "B"))
+    check_dtype(torch.int64, seeds=seeds)
+    check_counts(grid, num_visible)
+    if launching.form_for(seeds, has_compiled=not seeds.is_cuda) == "triton":
+        return _block_masks(seeds, int(grid[0]), int(grid[1]), int(num_visible))
+    return torch.from_numpy(block_masks(seeds.cpu().numpy().view(np.uint64), grid, num_visible)).to(seeds.device)
+
+
 def block_masks(seeds: UInt64Array, grid: tuple[int, int], num_visible: int) -> BoolArray:
     """Block-wise masks of a batch. Computed in C++ where that is built, else in numpy: the bits are the same.
 
@@ -72,12 +201,12 @@ def block_masks(seeds: UInt64Array, grid: tuple[int, int], num_visible: int) -> 
     Raises TypeError for seeds that are not uint64, ValueError for a shape, grid or count that is out of range.
     """
     check_arguments(seeds, grid, num_visible)
-    if os.environ.get("PERSONMAE_OPERATORS") == "reference" or not compiled.available():
-        return block_masks_reference(seeds, grid, num_visible)
-    table = block_table((int(grid[0]), int(grid[1])))
     words = torch.from_numpy(np.ascontiguousarray(seeds).view(np.int64))
-    shapes, ranges = torch.from_numpy(table.shapes), torch.from_numpy(table.ranges)
-    masks = torch.ops.personmae.block_masks(words, shapes, ranges, int(grid[0]), int(grid[1]), int(num_visible), NUM_TRIES)
+    # A loader's masks are made on the host, also where Triton is asked for.
+    if launching.form_for(words, has_compiled=True, has_triton=False) == "reference":
+        return block_masks_reference(seeds, grid, num_visible)
+    rows, columns = int(grid[0]), int(grid[1])
+    masks = torch.ops.personmae.block_masks(words, *table_on((rows, columns), words.device), rows, columns, int(num_visible), NUM_TRIES)
     return masks.numpy()
 
 
@@ -139,6 +268,11 @@ def check_arguments(seeds: UInt64Array, grid: tuple[int, int], num_visible: int)
         raise TypeError(f"seeds: a numpy array of uint64 is needed, got {getattr(seeds, 'dtype', type(seeds).__name__)}")
     if seeds.ndim != 1:
         raise ValueError(f"seeds: one dimension [B] is needed, got shape {list(seeds.shape)}")
+    check_counts(grid, num_visible)
+
+
+def check_counts(grid: tuple[int, int], num_visible: int) -> None:
+    """Raises ValueError, naming the argument, for a grid or a number of visible patches that is out of range."""
     if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] >= MAX_CELLS:
         raise ValueError(f"grid: (rows, columns), each at least 1 and fewer than {MAX_CELLS} patches in all, got {tuple(grid)}")
     if not 0 <= num_visible <= grid[0] * grid[1]:

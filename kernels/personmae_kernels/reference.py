@@ -77,6 +77,15 @@ def channel_scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], pat
     return scale.to(device), shift.to(device)
 
 
+def _flat_numbers(visible: Tensor, num_patches: int) -> Tensor:  # [B, V] -> int64 [B * V], row numbers in a tensor [B * num_patches, ...]
+    # Looking at the numbers makes a GPU wait, and cannot be traced; elsewhere a number off the grid would silently take a row of the next image.
+    if not visible.is_cuda and not torch.compiler.is_compiling() and visible.numel():
+        least, most = (int(value) for value in torch.aminmax(visible))
+        if least < 0 or most >= num_patches:
+            raise IndexError(f"visible: patch number {least if least < 0 else most} is not in 0 to {num_patches - 1}")
+    return (visible + torch.arange(len(visible), device=visible.device)[:, None] * num_patches).reshape(-1)
+
+
 def gather_visible(tokens: Tensor, visible: Tensor, positions: Tensor | None = None) -> Tensor:
     """The visible tokens of each image, their positions added: tokens[b, visible[b, v]] + positions[visible[b, v]].
 
@@ -84,8 +93,7 @@ def gather_visible(tokens: Tensor, visible: Tensor, positions: Tensor | None = N
     Returns [B, V, D] in the dtype of tokens.
     """
     B, L, D = tokens.shape
-    offsets = torch.arange(B, device=tokens.device)[:, None] * L
-    chosen = tokens.reshape(B * L, D).index_select(0, (visible + offsets).reshape(-1)).reshape(B, visible.shape[1], D)
+    chosen = tokens.reshape(B * L, D).index_select(0, _flat_numbers(visible, L)).reshape(B, visible.shape[1], D)
     return chosen if positions is None else (chosen + F.embedding(visible, positions)).to(tokens.dtype)
 
 
@@ -98,8 +106,7 @@ def assemble_tokens(tokens: Tensor, visible: Tensor, mask_token: Tensor, positio
     """
     B, V, D = visible.shape[0], visible.shape[1], tokens.shape[2]
     L = positions.shape[0]
-    offsets = torch.arange(B, device=tokens.device)[:, None] * L
-    grid = wide(mask_token).expand(B * L, D).index_copy(0, (visible + offsets).reshape(-1), wide(tokens[:, 1:]).reshape(B * V, D))
+    grid = wide(mask_token).expand(B * L, D).index_copy(0, _flat_numbers(visible, L), wide(tokens[:, 1:]).reshape(B * V, D))
     return torch.cat([tokens[:, :1], (grid.reshape(B, L, D) + positions).to(tokens.dtype)], dim=1)
 
 
@@ -167,8 +174,8 @@ def region_queries(boxes: Tensor, flips: Tensor, grid: tuple[int, int], mask_tok
     """Decoder queries: the mask token plus the projected relative code of each cell of region B.
 
     boxes: int [B, 2, 4]. flips: bool [B, 2]. mask_token, bias: [D]. weight: [D, 2 D], over the concatenation (row, column, scale) of
-    `region_codes`. Returns [B, L, D] in the dtype of the projections (autocast's where it is on), the sums taken in float32. The map is linear, so the
-    few distinct rows, columns and scales are projected and added; the codes [B, L, 2 D] are never written.
+    `region_codes`. Returns [B, L, D] in the dtype of the projections (autocast's where it is on), the sums taken in float32. The map is linear, so
+    the few distinct rows, columns and scales are projected and added; the codes [B, L, 2 D] are never written.
     """
     width = mask_token.shape[-1]
     codes = RegionCodes(*(code.to(weight.dtype) for code in region_codes(boxes, flips, grid, width)))
@@ -253,7 +260,8 @@ def add_layer_norm(
         stream' = stream + row_scale * branch_scale * branch       rounded once to the stream's dtype
         normed  = LayerNorm(stream') * weight + bias               statistics in float32 of the rounded stream
 
-    stream, branch: [B, N, D], weight, bias: [D], branch_scale: [D], LayerScale (Touvron et al., 2021), or None: each of any floating dtype. row_scale: float32 [B], drop path (0, or 1 / share kept), without gradient, or None.
+    stream, branch: [B, N, D]; weight, bias: [D]; branch_scale: [D], LayerScale (Touvron et al., 2021), or None: each of any floating dtype.
+    row_scale: float32 [B], drop path (0, or 1 / share kept), without gradient, or None.
     """
     added = wide(branch)
     if branch_scale is not None:
