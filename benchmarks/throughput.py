@@ -26,7 +26,7 @@ from personmae.data.plan import Plan
 from personmae.models.attention import choose_attention, set_attention
 from personmae.recipes import PretrainConfig, pretrain_presets
 from personmae.training.ema import MovingAverage
-from personmae.training.optimisers import build_optimiser, clip_gradients, set_learning_rate
+from personmae.training.optimisers import build_optimiser, update_weights
 from personmae.training.precision import autocast
 
 
@@ -84,8 +84,7 @@ def prepare(config: PretrainConfig, batch_size: int, device: torch.device, preci
         part.to(device)
         set_attention(part, attention.kind)
     average = MovingAverage(teacher.encoder, model.encoder)
-    optimiser = build_optimiser(model, config.optimiser)
-    set_learning_rate(optimiser, 1e-4)
+    optimiser = build_optimiser(model, config.optimiser, average)
     batch = noise_batch(config).to(device)
 
     def step() -> None:
@@ -93,10 +92,7 @@ def prepare(config: PretrainConfig, batch_size: int, device: torch.device, preci
         with autocast(device, precision):
             features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
             model(inputs, features).total.backward()
-        clip_gradients(model, config.optimiser.clip_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update(0.99)
+        update_weights(optimiser, model, average, 1e-4, 0.99, config.optimiser.clip_norm)
 
     return step
 

@@ -21,17 +21,17 @@ from personmae.data.kept_index import keep_index, read_kept_index
 from personmae.data.loaders import RegionBatch, open_loader
 from personmae.data.plan import BatchPlan, Plan
 from personmae.models.attention import choose_attention, set_attention
-from personmae.models.masked import MaskedOutput, PersonMAE, RegionInputs
+from personmae.models.masked import MaskedOutput, PersonMAE, RegionInputs, longest_sequence
 from personmae.models.masking import draw_masks
 from personmae.models.teacher import Teacher, build_teacher
 from personmae.models.vit import VisionTransformer
 from personmae.models.weights import save_encoder
-from personmae.recipes import PretrainConfig, pretrain_presets
+from personmae.recipes import FREE_SETTINGS, PretrainConfig, pretrain_presets
 from personmae.training.checkpoints import Checkpoint, list_checkpoints, load_newest, restore_module, restore_optimiser, save_checkpoint
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import describe_environment
 from personmae.training.logbook import Logbook, check_run_dir, explained_write
-from personmae.training.optimisers import build_optimiser, clip_gradients, peak_learning_rate, set_learning_rate
+from personmae.training.optimisers import build_optimiser, peak_learning_rate, update_weights
 from personmae.training.precision import autocast, check_finite, make_deterministic, synchronised
 from personmae.training.pretraining_metrics import pretraining_monitors, step_losses
 from personmae.training.processes import Processes, StopSignal, start_processes
@@ -39,26 +39,10 @@ from personmae.training.quarantine import Quarantine
 from personmae.training.schedules import ema_momentum, feature_ramp, learning_rate, num_steps
 from personmae.visuals.reconstructions import reconstruction_picture
 from personmae.visuals.report import write_report
-from personmae_kernels import compiled
+from personmae_kernels.launching import describe_operators, use_operators
 from personmae_kernels.sample_random import Stream, sample_seeds
 
 NUM_PICTURED = 8
-# Settings that may change when a run is continued: they change where and how fast it runs, not what it computes.
-FREE_SETTINGS = (
-    "run_dir",
-    "data.source",
-    "data.index_dir",
-    "data.loader",
-    "accumulation",
-    "device",
-    "attention",
-    "deterministic",
-    "resume",
-    "log_every",
-    "picture_every",
-    "checkpoint_every",
-    "keep_last",
-)
 
 
 def main(config: PretrainConfig) -> int:
@@ -102,15 +86,16 @@ def main(config: PretrainConfig) -> int:
             precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
             attention = choose_attention(config.attention, device, precision, config.deterministic)
             logbook.announce(f"attention: {attention.kind} ({attention.reason}); precision: {precision}")
-            logbook.announce("masks: compiled" if compiled.available() else f"masks: numpy ({compiled.why_missing()})")
+            use_operators(None if config.operators == "auto" else config.operators)
+            logbook.announce(f"operators: {describe_operators(device)}")
 
             # The model, its teacher and its optimiser.
             model, teacher = build_models(config)
             for part in (model, teacher):
                 part.to(device)
-                set_attention(part, attention.kind)
+                set_attention(part, attention.kind, longest_sequence(config.model))
             average = MovingAverage(teacher.encoder, model.encoder) if config.teacher.kind == "ema" else None
-            optimiser = build_optimiser(model, config.optimiser)
+            optimiser = build_optimiser(model, config.optimiser, average)
             if saved:
                 restore(saved, config, model, teacher, optimiser)
                 logbook.announce(f"continuing {saved.path} at step {first} of {total}")
@@ -157,12 +142,7 @@ def main(config: PretrainConfig) -> int:
                                 output: MaskedOutput = trained(inputs, features, ramp, 1.0 / config.accumulation)
                             output.total.backward()
                         outputs.append(output._replace(total=output.total.detach()))
-                    norm = clip_gradients(model, config.optimiser.clip_norm)
-                    set_learning_rate(optimiser, rate)
-                    optimiser.step()
-                    optimiser.zero_grad(set_to_none=True)
-                    if average is not None:
-                        average.update(momentum)
+                    norm = update_weights(optimiser, model, average, rate, momentum, config.optimiser.clip_norm)
                     step += 1
 
                     latest: dict[str, Tensor | float] = {

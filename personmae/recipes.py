@@ -58,6 +58,7 @@ class PretrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on a CPU
     attention: AttentionKind = "auto"
+    operators: Literal["auto", "reference"] = "auto"  # auto: the Triton kernels on CUDA; reference: plain PyTorch
     deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
     log_every: int = 20  # steps
@@ -67,6 +68,27 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "accumulation", "log_every", "picture_every", "checkpoint_every", "keep_last")
+
+
+# Settings of a pre-training run that may change when a run is continued: they change where and how fast it runs, not what it computes.
+FREE_SETTINGS = (
+    "run_dir",
+    "data.source",
+    "data.index_dir",
+    "data.loader",
+    "accumulation",
+    "device",
+    "attention",
+    "operators",
+    "teacher.fused_gelu",
+    "optimiser.kind",
+    "deterministic",
+    "resume",
+    "log_every",
+    "picture_every",
+    "checkpoint_every",
+    "keep_last",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import torch
 
 from personmae.configs import UserError
 from personmae.models import attention
-from personmae.models.attention import Attention, CrossAttention, choose_attention
+from personmae.models.attention import Attention, CrossAttention, choose_attention, set_attention
 
 
 def by_formula(q, k, v):  # [N, d], [M, d], [M, d]
@@ -50,6 +50,27 @@ def test_the_choice_says_its_reason(monkeypatch):
     assert "pip install" in choice.reason
     with pytest.raises(UserError, match="pip install"):
         choose_attention("xformers", torch.device("cuda"))
+
+
+def test_short_attention_gives_what_sdpa_gives():
+    torch.manual_seed(0)
+    own, cross = Attention(64, 2), CrossAttention(64, 2)
+    x, context = torch.randn(2, 5, 64), torch.randn(2, 7, 64)
+    expected = own(x), cross(x, context)
+    for layer in (own, cross):
+        set_attention(layer, "short", num_tokens=7)
+        assert layer.kind == "short"
+    assert torch.allclose(own(x), expected[0], atol=1e-6)
+    assert torch.allclose(cross(x, context), expected[1], atol=1e-6)
+
+
+def test_short_attention_refuses_what_its_kernels_do_not_reach():
+    assert choose_attention("short", torch.device("cuda")).kind == "short"
+    with pytest.raises(UserError, match="heads of 32 or 64 channels, not 16"):
+        set_attention(Attention(64, 4), "short")
+    with pytest.raises(UserError, match="reaches to 256 tokens, and there are 257 here"):
+        set_attention(Attention(64, 2), "short", num_tokens=257)
+    set_attention(Attention(64, 4), "sdpa", num_tokens=257)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,18 @@ import torch
 
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig, PersonMAE
-from personmae.models.vit import VitConfig
-from personmae.training.optimisers import OptimiserConfig, build_optimiser, clip_gradients, decay_groups, peak_learning_rate, set_learning_rate
+from personmae.models.vit import VisionTransformer, VitConfig
+from personmae.training.ema import MovingAverage
+from personmae.training.optimisers import (
+    AdamWEma,
+    OptimiserConfig,
+    build_optimiser,
+    clip_gradients,
+    decay_groups,
+    peak_learning_rate,
+    set_learning_rate,
+    update_weights,
+)
 
 DECODER = DecoderConfig(depth=1, width=16, num_heads=2)
 ENCODER = VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=1, num_heads=2)
@@ -56,3 +66,47 @@ def test_clipping_bounds_the_norm_and_reports_it():
 
 def test_learning_rate_scales_with_the_batch():
     assert peak_learning_rate(OptimiserConfig(learning_rate=1.5e-4), 4096) == pytest.approx(2.4e-3)
+
+
+def train(kind, num_steps, clip_norm, model=None, saved=None, start=0):
+    """(model, teacher's encoder, optimiser, norms) after some steps with drawn gradients; one parameter never gets any."""
+    model = model or PersonMAE(MODEL, seed=3)
+    teacher = VisionTransformer(ENCODER)
+    teacher.load_state_dict(saved["teacher"] if saved else PersonMAE(MODEL, seed=4).encoder.state_dict())
+    average = MovingAverage(teacher, model.encoder)
+    optimiser = build_optimiser(model, OptimiserConfig(kind=kind, weight_decay=0.1), average)
+    if saved:
+        optimiser.load_state_dict(saved["optimiser"])
+    norms = []
+    for step in range(start, start + num_steps):
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in model.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = None if name == "encoder.cls_token" else gradient
+        norms.append(update_weights(optimiser, model, average, 1e-3 * (step + 1), 0.9 + 0.01 * step, clip_norm).item())
+        assert all(parameter.grad is None for parameter in model.parameters())
+    return model, teacher, optimiser, norms
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_one_pass_gives_what_step_and_average_give(clip_norm):
+    (model, teacher, _, norms), (other, other_teacher, other_optimiser, other_norms) = (
+        train(kind, 4, clip_norm) for kind in ("adamw", "adamw-ema")
+    )
+    assert isinstance(other_optimiser, AdamWEma)
+    assert other_norms == pytest.approx(norms, rel=1e-6)
+    for one, two in ((model, other), (teacher, other_teacher)):
+        for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
+    assert not torch.equal(teacher.cls_token, PersonMAE(MODEL, seed=4).encoder.cls_token)
+
+
+@pytest.mark.parametrize(("first", "second"), [("adamw", "adamw-ema"), ("adamw-ema", "adamw")])
+def test_a_run_goes_on_with_the_other_kind(first, second):
+    straight, straight_teacher, _, _ = train(first, 4, 0.5)
+    model, teacher, optimiser, _ = train(first, 2, 0.5)
+    saved = {"teacher": teacher.state_dict(), "optimiser": optimiser.state_dict()}
+    model, teacher, _, _ = train(second, 2, 0.5, model, saved, start=2)
+    for one, two in ((straight, model), (straight_teacher, teacher)):
+        for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name

@@ -1,4 +1,8 @@
-"""Multi-head attention: xformers' memory-efficient kernels on CUDA where installed, else PyTorch's scaled_dot_product_attention.
+"""Multi-head attention, in one of three implementations:
+
+    xformers   memory-efficient attention, on CUDA where it is installed
+    sdpa       PyTorch's scaled_dot_product_attention
+    short      our kernels for at most 256 tokens, which read and write the packed output of one linear layer; only if asked for
 
 The only file that imports xformers.
 """
@@ -14,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personmae.configs import UserError
+from personmae_kernels.short_attention import HEAD_SIZES, MAX_TOKENS, short_attention, short_cross_attention
 
-AttentionKind = Literal["auto", "xformers", "sdpa"]
+AttentionKind = Literal["auto", "xformers", "sdpa", "short"]
 
 
 class AttentionChoice(NamedTuple):
     """Which implementation runs, and the sentence that says why."""
 
-    kind: Literal["xformers", "sdpa"]
+    kind: Literal["xformers", "sdpa", "short"]
     reason: str
 
 
@@ -30,8 +35,8 @@ def choose_attention(kind: AttentionKind, device: torch.device, precision: str =
 
     precision: "fp32" or "bf16", as the layers will run. deterministic: bit-equal runs are asked for, which xformers' backward does not give.
     """
-    if kind == "sdpa":
-        return AttentionChoice("sdpa", "asked for")
+    if kind in ("sdpa", "short"):
+        return AttentionChoice(kind, "asked for")
     if device.type != "cuda":
         if kind == "xformers":
             raise UserError("xformers attention runs on CUDA only; use --attention sdpa on this device")
@@ -82,15 +87,20 @@ class Attention(nn.Module):
         super().__init__()
         if width % num_heads:
             raise UserError(f"width {width} does not divide into {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads, self.head_size = num_heads, width // num_heads
         self.kind: str = "sdpa"
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).unbind(2)
-        return self.proj(attend(q, k, v, self.kind).reshape(B, N, D))
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_size)
+        if self.kind == "short":
+            out = short_attention(qkv)
+        else:
+            q, k, v = qkv.unbind(2)
+            out = attend(q, k, v, self.kind)
+        return self.proj(out.reshape(B, N, D))
 
 
 class CrossAttention(nn.Module):
@@ -100,7 +110,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         if width % num_heads:
             raise UserError(f"width {width} does not divide into {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads, self.head_size = num_heads, width // num_heads
         self.kind: str = "sdpa"
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
@@ -108,14 +118,26 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # [B, N, D], [B, M, D] -> [B, N, D]
         B, N, D = x.shape
-        d = D // self.num_heads
-        q = self.q(x).view(B, N, self.num_heads, d)
-        k, v = self.kv(context).view(B, context.shape[1], 2, self.num_heads, d).unbind(2)
-        return self.proj(attend(q, k, v, self.kind).reshape(B, N, D))
+        q = self.q(x).view(B, N, self.num_heads, self.head_size)
+        kv = self.kv(context).view(B, context.shape[1], 2, self.num_heads, self.head_size)
+        if self.kind == "short":
+            out = short_cross_attention(q, kv)
+        else:
+            k, v = kv.unbind(2)
+            out = attend(q, k, v, self.kind)
+        return self.proj(out.reshape(B, N, D))
 
 
-def set_attention(module: nn.Module, kind: str) -> None:
-    """Make every attention layer inside `module` use this implementation."""
+def set_attention(module: nn.Module, kind: str, num_tokens: int | None = None) -> None:
+    """Make every attention layer inside `module` use this implementation.
+
+    num_tokens: of the longest sequence, if it is known. Raises UserError where the kernels of `short` are asked for and do not reach.
+    """
+    if kind == "short" and num_tokens is not None and num_tokens > MAX_TOKENS:
+        raise UserError(f"attention short reaches to {MAX_TOKENS} tokens, and there are {num_tokens} here; use attention auto")
     for part in module.modules():
         if isinstance(part, Attention | CrossAttention):
+            if kind == "short" and part.head_size not in HEAD_SIZES:
+                sizes = " or ".join(map(str, HEAD_SIZES))
+                raise UserError(f"attention short is for heads of {sizes} channels, not {part.head_size}; use attention auto")
             part.kind = kind

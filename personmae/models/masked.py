@@ -52,6 +52,13 @@ class MaskedConfig:
             raise UserError("low_level_injection with losses pixels would train the encoder's first block only; set losses both")
 
 
+def longest_sequence(config: MaskedConfig) -> int:
+    """Tokens of the longest sequence that an attention layer of the model sees."""
+    rows, columns = config.encoder.grid
+    forms = {decoder.form for decoder in (config.pixel_decoder, config.feature_decoder)}
+    return rows * columns + 1 + (visible_count(config.masking, config.encoder.grid) if "joint" in forms else 0)
+
+
 class RegionInputs(NamedTuple):
     """One batch on the device of the model."""
 

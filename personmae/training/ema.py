@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,10 @@ class MovingAverage:
             raise ValueError(f"teacher and student do not match: {odd[0] if odd else 'there are no parameters'}")
         self._average: list[Tensor] = list(ours.values())
         self._source: list[Tensor] = [theirs[name] for name in ours]
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter of the source with its average."""
+        return zip(self._source, self._average, strict=True)
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
