@@ -1,6 +1,7 @@
 # make demo    sets everything up, draws the built-in data set, pre-trains on it, evaluates, writes a report
 # make test    sets everything up, passes the tests
 # make lint    ruff and mypy
+# make kernels compiles every Triton kernel ahead of time, without a GPU, and prints its registers; fails where they spill
 # make bench   the benchmarks, as far as this machine goes; results under benchmarks/results/
 # make gpu     on a machine with a GPU: the GPU tests, then the benchmarks
 # make install only sets up: .venv with the versions of constraints.txt, the compiled operators where a compiler is there
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := install
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint bench gpu clean
+.PHONY: install demo test lint kernels bench gpu clean
 
 PYTHON ?= python3
 STACK ?= default
@@ -81,6 +82,9 @@ test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+kernels: $(READY)
+	@$(PY) benchmarks/operators.py --compile-only
 
 bench: $(READY)
 	@for benchmark in $(BENCHMARKS); do echo "$$benchmark"; $(PY) $$benchmark; done
