@@ -3,7 +3,7 @@
 # make lint    ruff and mypy
 # make kernels compiles every Triton kernel ahead of time, without a GPU, and prints its registers; fails where they spill
 # make bench   the benchmarks, as far as this machine goes; results under benchmarks/results/
-# make gpu     on a machine with a GPU: the GPU tests, then the benchmarks
+# make gpu     on a machine with a GPU: the model on its kernels, the GPU tests, then the benchmarks, which run each operator's tests first
 # make install only sets up: .venv with the versions of constraints.txt, the compiled operators where a compiler is there
 #
 #   PYTHON=python3.12     the Python to make .venv with (3.11 or 3.12)
@@ -92,6 +92,7 @@ bench: $(READY)
 gpu: $(READY)
 	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
 	  echo "There is no CUDA device here (torch.cuda.is_available() is False): run this on a machine with an NVIDIA GPU." >&2; exit 1; }
+	$(PY) -m pytest -q tests/test_fused_model.py tests/ops/test_launching.py tests/test_optimisers.py
 	$(PY) -m pytest -m gpu $(ARGS)
 	for benchmark in $(BENCHMARKS); do echo "$$benchmark"; $(PY) $$benchmark; done
 

@@ -9,6 +9,8 @@ from personmae.models.masked import MaskedConfig, PersonMAE, RegionInputs, longe
 from personmae.models.masking import MaskingConfig, draw_masks
 from personmae.models.teacher import TeacherConfig, build_teacher
 from personmae.models.vit import VitConfig
+from personmae.training.ema import MovingAverage
+from personmae.training.optimisers import OptimiserConfig, build_optimiser, update_weights
 from personmae.training.precision import autocast
 from personmae_kernels.launching import recorded, use_operators
 from personmae_kernels.sample_random import Stream, sample_seeds
@@ -91,11 +93,35 @@ def test_the_kernels_train_as_plain_pytorch_does(form, precision, allowed):
     size = torch.stack([gradient.norm() for name, gradient in expected.items() if name.startswith("gradient")]).norm()
     wrong = {}
     for name, value in expected.items():
-        scale = size if name.startswith("gradient") else value.norm()
+        # Some gradients are zero but for rounding, as that of a key's bias: so a share of all is allowed for.
+        scale = value.norm() + (0.01 * size if name.startswith("gradient") else 0)
         error = ((results[name] - value).norm() / scale).item()
         if not error <= allowed:
             wrong[name] = error
     assert wrong == {}
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device():
+    config = settings("cross")
+    use_operators("triton")
+    model = PersonMAE(config, seed=1).to(DEVICE)
+    teacher = build_teacher(TeacherConfig(fused_gelu=True), model.encoder).to(DEVICE)
+    average = MovingAverage(teacher.encoder, model.encoder)
+    optimiser = build_optimiser(model, OptimiserConfig(kind="adamw-ema"), average)
+    for part in (model, teacher):
+        set_attention(part, "short", longest_sequence(config))
+    inputs = batch(config)
+    try:
+        for number in range(3):
+            # The first step compiles, makes tables and moments.
+            torch.cuda.set_sync_debug_mode("default" if number == 0 else "error")
+            with autocast(DEVICE, "bf16"):
+                output = model(inputs, teacher(inputs.region_b))
+            output.total.backward()
+            update_weights(optimiser, model, average, 1e-3, 0.9, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_gradients_of_kernels_and_of_plain_pytorch_are_equally_exact_in_bf16():

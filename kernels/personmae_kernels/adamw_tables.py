@@ -88,7 +88,7 @@ def make_plan(
     padded = [triton.cdiv(size, 16) * 16 for size in num_bytes]
     host = _spare.pop(sum(padded), None) if captured else torch.empty(sum(padded), dtype=torch.uint8, pin_memory=device.type == "cuda")
     if host is None:
-        raise RuntimeError("adamw_ema_: before a CUDA graph is captured, take a step with as many tensors of the same sizes")
+        raise RuntimeError("adamw_ema_: before each capture of a CUDA graph, take a step with as many tensors of the same sizes")
     for table, part, size in zip(tables, host.split(padded), num_bytes, strict=True):
         part[:size].view(table.dtype).view(table.shape).copy_(table)
     uploaded = host.to(device, non_blocking=True).split(padded)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from personmae_kernels import reference
-from personmae_kernels.checks import FLOATS, INDICES, axis_sizes, check_dtype, check_no_gradient
+from personmae_kernels.checks import HALVES_TOO, INDICES, axis_sizes, check_dtype, check_no_gradient
 from personmae_kernels.gather_visible import _gather_visible, _place_visible, find_slots, numbers_at_once, tile, with_rows
 from personmae_kernels.launching import form_for, launch
 
@@ -108,7 +108,7 @@ def _hidden_sum(gradient: Tensor, visible: Tensor, num_head: int) -> Tensor:
     gradient = with_rows(gradient)
     sizes = tile(D)
     num_tiles = B * triton.cdiv(L, sizes["ROWS"])
-    partial = torch.empty(min(num_tiles, NUM_SUMS), D, device=gradient.device)
+    partial = torch.empty(min(num_tiles, NUM_SUMS), D, dtype=torch.float32, device=gradient.device)
     launch(
         hidden_sum_kernel,
         (len(partial),),
@@ -200,16 +200,16 @@ def assemble_tokens(tokens: Tensor, visible: Tensor, mask_token: Tensor, positio
     """The input of MAE's decoder (He et al., 2022): the class token, then the grid with the visible tokens in their places and the mask token
     elsewhere; positions are added to the grid.
 
-    tokens: float32 or bfloat16 [B, 1 + V, D], class token first. visible: int32 or int64 [B, V], each of 0 .. L - 1, no patch twice in an image.
-    mask_token: float32 or bfloat16 [D]. positions: float32 or the dtype of tokens [L, D], without gradient. Returns [B, 1 + L, D] in the dtype of
-    tokens, rounded once. Gradients reach tokens and mask_token, whose sum is taken in float32.
+    tokens: float32, bfloat16 or float16 [B, 1 + V, D], class token first. visible: int32 or int64 [B, V], each of 0 .. L - 1, no patch twice in an
+    image. mask_token: of any of these dtypes [D]. positions: float32 or the dtype of tokens [L, D], without gradient. Returns [B, 1 + L, D] in the
+    dtype of tokens, rounded once. Gradients reach tokens and mask_token, whose sum is taken in float32.
 
     Patch numbers are not looked at beforehand: the kernels never read or write outside the tensors, and a token whose number is not on the grid is
     left out and gets NaN as its gradient. Raises TypeError or ValueError, naming the argument, for other shapes, dtypes or devices.
     """
     sizes = axis_sizes(visible=(visible, "B V"), tokens=(tokens, "B N D"), mask_token=(mask_token, "D"), positions=(positions, "L D"))
     _check_decoder_input(tokens, visible, positions, sizes)
-    check_dtype(FLOATS, mask_token=mask_token)
+    check_dtype(HALVES_TOO, mask_token=mask_token)
     if form_for(tokens) == "reference":
         return reference.assemble_tokens(tokens, visible, mask_token, positions)
     return _place_visible(tokens, visible, mask_token, positions, 1, sizes["L"])
@@ -219,16 +219,16 @@ def join_tokens(tokens: Tensor, visible: Tensor, positions: Tensor, queries: Ten
     """The input of a joint decoder (Tao et al., Siamese Image Modeling, 2023): the class token, the visible tokens with their positions added, the
     queries, in one sequence.
 
-    tokens: float32 or bfloat16 [B, 1 + V, D], class token first. visible: int32 or int64 [B, V], each of 0 .. L - 1. positions: float32 or the dtype
-    of tokens [L, D], without gradient. queries: float32 or bfloat16 [B, Q, D]. Returns [B, 1 + V + Q, D] in the dtype of tokens, rounded once.
-    Gradients reach tokens and queries.
+    tokens: float32, bfloat16 or float16 [B, 1 + V, D], class token first. visible: int32 or int64 [B, V], each of 0 .. L - 1. positions: float32 or
+    the dtype of tokens [L, D], without gradient. queries: of any of these dtypes [B, Q, D]. Returns [B, 1 + V + Q, D] in the dtype of tokens, rounded
+    once. Gradients reach tokens and queries.
 
     Patch numbers are not looked at beforehand: the kernel never reads outside the tensors, and a token whose number is not on the grid becomes NaN.
     Raises TypeError or ValueError, naming the argument, for other shapes, dtypes or devices.
     """
     sizes = axis_sizes(visible=(visible, "B V"), tokens=(tokens, "B N D"), positions=(positions, "L D"), queries=(queries, "B Q D"))
     _check_decoder_input(tokens, visible, positions, sizes)
-    check_dtype(FLOATS, queries=queries)
+    check_dtype(HALVES_TOO, queries=queries)
     if form_for(tokens) == "reference":
         return reference.join_tokens(tokens, visible, positions, queries)
     return _join_tokens(tokens, visible, positions, queries)
@@ -237,7 +237,7 @@ def join_tokens(tokens: Tensor, visible: Tensor, positions: Tensor, queries: Ten
 def _check_decoder_input(tokens: Tensor, visible: Tensor, positions: Tensor, sizes: dict[str, int]) -> None:
     if sizes["N"] != 1 + sizes["V"]:
         raise ValueError(f"tokens: [B, {1 + sizes['V']}, D] is needed for {sizes['V']} visible patches, got shape {list(tokens.shape)}")
-    check_dtype(FLOATS, tokens=tokens)
+    check_dtype(HALVES_TOO, tokens=tokens)
     check_dtype(INDICES, visible=visible)
     check_dtype((torch.float32, tokens.dtype), positions=positions)
     check_no_gradient(positions=positions)

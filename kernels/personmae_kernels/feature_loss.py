@@ -47,7 +47,7 @@ def feature_loss_kernel(  # type: ignore[no-untyped-def]
     target_ptr,  # [B, L, D], last axis contiguous
     weights_ptr,  # [T] float32
     per_cell_ptr,  # [T] float32, out
-    gradient_ptr,  # [T, D], out
+    gradient_ptr,  # [T, D], out, or None
     T,
     L,
     target_image_stride,
@@ -94,14 +94,15 @@ def feature_loss_kernel(  # type: ignore[no-untyped-def]
             loss = tl.sum(tl.where(size < 1.0, 0.5 * difference * difference, size - tl.where(inside, 0.5, 0.0)), 1) / D
             # Written so that NaN stays NaN.
             slope = tl.where(difference <= -1.0, -1.0, tl.where(difference >= 1.0, 1.0, difference)) / D
-    if NORMALISE:
+    if NORMALISE and gradient_ptr is not None:
         average, projected = tl.sum(slope, 1) / D, tl.sum(slope * p, 1) / D
         slope = (slope - average[:, None] - p * projected[:, None]) * inverse[:, None]
 
     tl.store(per_cell_ptr + rows, loss, mask=in_rows)
-    gradient = slope * tl.load(weights_ptr + rows, mask=in_rows, other=0.0)[:, None]
-    place = gradient_ptr + start.to(tl.int64) * D + (tl.arange(0, ROWS) * D)[:, None] + channels[None, :]
-    tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+    if gradient_ptr is not None:
+        gradient = slope * tl.load(weights_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        place = gradient_ptr + start.to(tl.int64) * D + (tl.arange(0, ROWS) * D)[:, None] + channels[None, :]
+        tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 def _tile(width: int) -> tuple[int, int, int]:  # -> ROWS, BLOCK_D, num_warps
@@ -111,14 +112,14 @@ def _tile(width: int) -> tuple[int, int, int]:  # -> ROWS, BLOCK_D, num_warps
 
 @torch.library.custom_op("personmae_triton::feature_loss", mutates_args=())
 def _feature_loss(
-    predicted: Tensor, target: Tensor, weights: Tensor, kind: str, normalise_predicted: bool, eps: float
+    predicted: Tensor, target: Tensor, weights: Tensor, kind: str, normalise_predicted: bool, eps: float, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns total [], per_cell [B, L] and the gradient of the total to `predicted` [B, L, D]."""
+    """Returns total [], per_cell [B, L] and, if it is needed, the gradient of the total to `predicted` [B, L, D]."""
     B, L, D = predicted.shape
     # The teacher's tokens without the class token, x[:, 1:], are read where they lie.
     target = target if target.stride(2) == 1 else target.contiguous()
-    per_cell = torch.empty(B, L, device=predicted.device)
-    gradient = torch.empty(B, L, D, device=predicted.device, dtype=predicted.dtype)
+    per_cell = weights.new_empty(weights.shape)
+    gradient = predicted.new_empty(predicted.shape if needs_gradient else 0)
     rows, block, warps = _tile(D)
     launch(
         feature_loss_kernel,
@@ -127,7 +128,7 @@ def _feature_loss(
         target,
         weights.contiguous(),
         per_cell,
-        gradient,
+        gradient if needs_gradient else None,
         B * L,
         L,
         target.stride(0),
@@ -144,8 +145,10 @@ def _feature_loss(
 
 
 @_feature_loss.register_fake
-def _(predicted: Tensor, target: Tensor, weights: Tensor, kind: str, normalise_predicted: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return weights.new_empty(()), weights.new_empty(weights.shape), predicted.new_empty(predicted.shape)
+def _(
+    predicted: Tensor, target: Tensor, weights: Tensor, kind: str, normalise_predicted: bool, eps: float, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return weights.new_empty(()), weights.new_empty(weights.shape), predicted.new_empty(predicted.shape if needs_gradient else 0)
 
 
 def feature_loss(
@@ -170,5 +173,6 @@ def feature_loss(
     if form_for(predicted) == "reference":
         return reference.feature_loss(predicted, target, weights, kind, normalise_predicted, eps)
     raise_if_scaled()
-    total, per_cell, gradient = _feature_loss(predicted.detach(), target.detach(), weights, kind, normalise_predicted, eps)
-    return CellLosses(with_gradient(predicted, total, gradient, "feature_loss"), per_cell)
+    needs_gradient = predicted.requires_grad and torch.is_grad_enabled()
+    total, per_cell, gradient = _feature_loss(predicted.detach(), target.detach(), weights, kind, normalise_predicted, eps, needs_gradient)
+    return CellLosses(with_gradient(predicted, total, gradient, "feature_loss") if needs_gradient else total, per_cell)

@@ -230,5 +230,8 @@ def gather_visible(tokens: Tensor, visible: Tensor, positions: Tensor | None = N
         return reference.gather_visible(tokens, visible, positions)
     if form == "compiled":
         chosen = torch.ops.personmae.gather_visible(tokens, visible)
-        return chosen if positions is None else (chosen + F.embedding(visible, positions)).to(tokens.dtype)
+        if positions is None:
+            return chosen
+        # A row of a number off the grid is NaN already, and an index off the table would end the CUDA context.
+        return (chosen + F.embedding(visible.clamp(0, len(positions) - 1), positions)).to(tokens.dtype)
     return _gather_visible(tokens, visible, positions, 0)

@@ -84,7 +84,8 @@ def describe_operators(device: torch.device) -> str:
     form = form_for(torch.empty(0, device=device), has_compiled=True)
     if form == "reference" and not asked:
         reason += f"; {compiled.why_missing()}"
-    names = {"reference": "plain PyTorch", "triton": "Triton", "compiled": "C++ where an operator has it, else plain PyTorch"}
+    where = {"cpu": "C++ where an operator has it, else plain PyTorch", "cuda": "CUDA C++ where an operator has it, else Triton"}
+    names = {"reference": "plain PyTorch", "triton": "Triton", "compiled": where.get(device.type, "")}
     return f"{names[form]} ({reason})"
 
 

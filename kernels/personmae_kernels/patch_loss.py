@@ -34,7 +34,7 @@ def patch_loss_kernel(  # type: ignore[no-untyped-def]
     scale_ptr,  # [P] float32, 1 / (255 std)
     shift_ptr,  # [P] float32, -mean / std
     per_cell_ptr,  # [T] float32, out
-    gradient_ptr,  # [T, P], out
+    gradient_ptr,  # [T, P], out, or None
     T,
     Hg,
     Wg,
@@ -62,11 +62,12 @@ def patch_loss_kernel(  # type: ignore[no-untyped-def]
     shift = tl.load(shift_ptr + values, mask=in_values, other=0.0)
 
     if PER_CHANNEL:
-        # The shift drops out, and sums of bytes are exact: a flat channel gives zeros.
+        # The shift drops out, and sums of bytes are exact, as is their division: a flat channel gives zeros.
         target = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for channel in tl.static_range(C):
             own = inside & (c == channel)[None, :]
-            average = tl.sum(tl.where(own, pixels, 0.0), 1) / (PATCH * PATCH)
+            total = tl.sum(tl.where(own, pixels, 0.0), 1)
+            average = tl.div_rn(total, tl.full([ROWS], PATCH * PATCH, tl.float32))
             centred = tl.where(own, (pixels - average[:, None]) * scale[None, :], 0.0)
             variance = tl.sum(centred * centred, 1) / (PATCH * PATCH)
             target += centred * (1.0 / tl.sqrt(variance + eps))[:, None]
@@ -81,21 +82,30 @@ def patch_loss_kernel(  # type: ignore[no-untyped-def]
     predicted = tl.load(predicted_ptr + place, mask=inside, other=0.0).to(tl.float32)
     difference = tl.where(inside, predicted - target, 0.0)
     tl.store(per_cell_ptr + rows, tl.sum(difference * difference, 1) / P, mask=in_rows)
-    weight = tl.load(weights_ptr + rows, mask=in_rows, other=0.0)
-    gradient = difference * (weight * (2.0 / P))[:, None]
-    tl.store(gradient_ptr + place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+    if gradient_ptr is not None:
+        weight = tl.load(weights_ptr + rows, mask=in_rows, other=0.0)
+        gradient = difference * (weight * (2.0 / P))[:, None]
+        tl.store(gradient_ptr + place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("personmae_triton::patch_loss", mutates_args=())
 def _patch_loss(
-    predicted: Tensor, images: Tensor, weights: Tensor, patch_px: int, mean: Sequence[float], std: Sequence[float], per_channel: bool, eps: float
+    predicted: Tensor,
+    images: Tensor,
+    weights: Tensor,
+    patch_px: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    per_channel: bool,
+    eps: float,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns total [], per_cell [B, L] and the gradient of the total to `predicted` [B, L, P]."""
+    """Returns total [], per_cell [B, L] and, if it is needed, the gradient of the total to `predicted` [B, L, P]."""
     B, L, P = predicted.shape
     _, H, W, C = images.shape
     scale, shift = reference.channel_scale_and_shift(tuple(mean), tuple(std), patch_px, images.device)
-    per_cell = torch.empty(B, L, device=predicted.device)
-    gradient = torch.empty(B, L, P, device=predicted.device, dtype=predicted.dtype)
+    per_cell = weights.new_empty(weights.shape)
+    gradient = predicted.new_empty(predicted.shape if needs_gradient else 0)
     block = triton.next_power_of_2(P)
     rows = max(1, 4096 // block)
     launch(
@@ -107,7 +117,7 @@ def _patch_loss(
         scale,
         shift,
         per_cell,
-        gradient,
+        gradient if needs_gradient else None,
         B * L,
         H // patch_px,
         W // patch_px,
@@ -124,9 +134,17 @@ def _patch_loss(
 
 @_patch_loss.register_fake
 def _(
-    predicted: Tensor, images: Tensor, weights: Tensor, patch_px: int, mean: Sequence[float], std: Sequence[float], per_channel: bool, eps: float
+    predicted: Tensor,
+    images: Tensor,
+    weights: Tensor,
+    patch_px: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    per_channel: bool,
+    eps: float,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return weights.new_empty(()), weights.new_empty(weights.shape), predicted.new_empty(predicted.shape)
+    return weights.new_empty(()), weights.new_empty(weights.shape), predicted.new_empty(predicted.shape if needs_gradient else 0)
 
 
 def patch_loss(
@@ -157,5 +175,6 @@ def patch_loss(
     if form_for(predicted) == "reference":
         return reference.patch_loss(predicted, images, weights, patch_px, mean, std, per_channel, eps)
     raise_if_scaled()
-    total, per_cell, gradient = _patch_loss(predicted.detach(), images, weights, patch_px, mean, std, per_channel, eps)
-    return CellLosses(with_gradient(predicted, total, gradient, "patch_loss"), per_cell)
+    needs_gradient = predicted.requires_grad and torch.is_grad_enabled()
+    total, per_cell, gradient = _patch_loss(predicted.detach(), images, weights, patch_px, mean, std, per_channel, eps, needs_gradient)
+    return CellLosses(with_gradient(predicted, total, gradient, "patch_loss") if needs_gradient else total, per_cell)

@@ -73,7 +73,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, N, H, d = q.shape
     M = k.shape[1]
     out = torch.empty(B, N, H, d, device=q.device, dtype=q.dtype)
-    lse = torch.empty(B, H, N, device=q.device)
+    lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
     tiles = forward_tiles(N, M, q.dtype)
     query_tiles = triton.cdiv(N, tiles.queries)
     launch(

@@ -72,7 +72,8 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor):  # type: ignore[no-untyped-def]
         (gradient,) = ctx.saved_tensors
-        require_unit(gradient, factor, ctx.name)
+        # Its data: the version that autograd keeps for saved tensors is not that of a later backward pass over the same graph.
+        require_unit(gradient.data, factor, ctx.name)
         return gradient, None, None, None
 
 
@@ -85,8 +86,9 @@ def with_gradient(predicted: Tensor, total: Tensor, gradient: Tensor, name: str)
 
 
 def raise_if_scaled() -> None:
-    """Raises RuntimeError if an earlier backward pass began at a loss that had been multiplied, as far as the device has got; never waits."""
-    if not _pending or torch.cuda.is_current_stream_capturing():
+    """Raises RuntimeError if an earlier backward pass began at a loss that had been multiplied, as far as the device has got; never waits. In
+    compiled code it does nothing: the error comes from the next call outside it."""
+    if torch.compiler.is_compiling() or not _pending or torch.cuda.is_current_stream_capturing():
         return
     while _pending and _pending[0][1].query():
         name, _, factor = _pending.popleft()

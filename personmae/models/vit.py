@@ -175,8 +175,9 @@ class VisionTransformer(nn.Module):
             residual = block(residual)
             if keep_first and number == 0:
                 first = residual.add()
-        tokens, normed = residual.add_and_norm(self.norm)
-        return Encoded(tokens, normed, first)
+        # Once in a pass, so apart: under autocast the features stay float32.
+        tokens = residual.add()
+        return Encoded(tokens, self.norm(tokens), first)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """timm's entry: normalised float pixels [B, 3, H, W] -> tokens after the final norm [B, 1 + L, D], class token first."""

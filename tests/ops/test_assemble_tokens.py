@@ -171,7 +171,7 @@ def test_a_number_off_the_grid_shows_and_touches_nothing(triton_form, index_dtyp
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"tokens": lambda t: t.half()}, TypeError, "tokens: float32 or bfloat16"),
+        ({"tokens": lambda t: t.long()}, TypeError, "tokens: float32 or bfloat16"),
         ({"tokens": lambda t: t[0]}, ValueError, r"tokens: \[B, N, D\] is needed"),
         ({"tokens": lambda t: t[:, 1:]}, ValueError, r"tokens: \[B, 5, D\] is needed for 4 visible patches"),
         ({"visible": lambda t: t.float()}, TypeError, "visible: int32 or int64"),
@@ -185,7 +185,7 @@ def test_a_number_off_the_grid_shows_and_touches_nothing(triton_form, index_dtyp
         ({"mask_token": lambda t: t.long()}, TypeError, "mask_token: float32 or bfloat16"),
         ({"queries": lambda t: t[:2]}, ValueError, r"queries: axis B of \[B, Q, D\] is 2, but 3 in visible"),
         ({"queries": lambda t: t[0]}, ValueError, r"queries: \[B, Q, D\] is needed"),
-        ({"queries": lambda t: t.half()}, TypeError, "queries: float32 or bfloat16"),
+        ({"queries": lambda t: t.long()}, TypeError, "queries: float32 or bfloat16"),
     ],
 )
 def test_wrong_arguments_are_named(form, change, error, words):

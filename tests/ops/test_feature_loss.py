@@ -72,7 +72,7 @@ def test_it_is_the_definition(form, B, L, D, dtype, target_dtype, kind, normalis
     assert_close(ours, exact, as_formats(exact, inputs), floor=1e-6)
 
 
-@pytest.mark.parametrize("D", [1, 2, 33, 63, 127, 129, 768, 2100])
+@pytest.mark.parametrize("D", [1, 33, 63, 127, 129, 768, 2100])
 def test_odd_and_wide_widths(form, D):
     inputs = example(2, 3, D)
     ours, exact = run(inputs)
@@ -80,9 +80,7 @@ def test_odd_and_wide_widths(form, D):
         assert not ours["per_cell"].any()
         assert not ours["gradient of predicted"].any()
     else:
-        # At two channels a LayerNorm is nearly +-1 whatever comes in: the gradient is what eps leaves of it.
-        assert_close({name: ours[name] for name in ("total", "per_cell")}, {name: exact[name] for name in ("total", "per_cell")}, floor=1e-6)
-        assert_close({"gradient": ours["gradient of predicted"]}, {"gradient": exact["gradient of predicted"]}, floor=1e-6 if D > 2 else 1)
+        assert_close(ours, exact, floor=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "normalise"), BOTH)
@@ -241,7 +239,26 @@ def test_only_the_prediction_gets_a_gradient(form):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(triton_form, kind):
     inputs = example()
-    torch.library.opcheck(_feature_loss, (*(tensor.detach() for tensor in inputs.values()), kind, True, 1e-6))
+    for needs_gradient in (True, False):
+        torch.library.opcheck(_feature_loss, (*(tensor.detach() for tensor in inputs.values()), kind, True, 1e-6, needs_gradient))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_without_a_gradient_none_is_written(form, normalise):
+    inputs = example()
+    with torch.no_grad():
+        loss = feature_loss(**inputs, normalise_predicted=normalise)
+    expected = feature_loss(**inputs, normalise_predicted=normalise)
+    assert torch.equal(loss.total, expected.total)
+    assert torch.equal(loss.per_cell, expected.per_cell)
+    assert not loss.total.requires_grad
+
+
+def test_backward_may_be_called_again(triton_form):
+    inputs = example()
+    total = feature_loss(**inputs).total
+    first, second = (torch.autograd.grad(total, inputs["predicted"], retain_graph=True)[0].clone() for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kind", KINDS)
