@@ -93,7 +93,7 @@ def main(config: PretrainConfig) -> int:
             model, teacher = build_models(config)
             for part in (model, teacher):
                 part.to(device)
-                set_attention(part, attention.kind, longest_sequence(config.model))
+                set_attention(part, attention, longest_sequence(config.model))
             average = MovingAverage(teacher.encoder, model.encoder) if config.teacher.kind == "ema" else None
             optimiser = build_optimiser(model, config.optimiser, average)
             if saved:

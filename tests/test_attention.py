@@ -1,11 +1,13 @@
-"""Attention against its formula in float64, and the choice of an implementation."""
+"""Attention against its formula in float64, of whole batches and of packed sequences."""
 
 import pytest
 import torch
 
 from personmae.configs import UserError
 from personmae.models import attention
-from personmae.models.attention import Attention, CrossAttention, choose_attention, set_attention
+from personmae.models.attention import Attention, AttentionChoice, CrossAttention, choose_attention, packed_attention, set_attention
+
+CUDA = torch.device("cuda")
 
 
 def by_formula(q, k, v):  # [N, d], [M, d], [M, d]
@@ -35,21 +37,14 @@ def test_cross_attention_is_its_formula_head_by_head():
         assert torch.allclose(layer(x, context)[b], expected, atol=1e-12)
 
 
-def test_the_choice_says_its_reason(monkeypatch):
-    assert choose_attention("auto", torch.device("cpu")).kind == "sdpa"
-    assert "cpu" in choose_attention("auto", torch.device("cpu")).reason
-    with pytest.raises(UserError, match="CUDA only"):
-        choose_attention("xformers", torch.device("cpu"))
-    monkeypatch.setattr(attention, "_xformers_problem", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_attention("auto", torch.device("cuda")).kind == "xformers"
-    assert choose_attention("sdpa", torch.device("cuda")).kind == "sdpa"
-    monkeypatch.setattr(attention, "_xformers_problem", lambda: "xformers is not installed (pip install xformers)")
-    choice = choose_attention("auto", torch.device("cuda"))
-    assert choice.kind == "sdpa"
-    assert "pip install" in choice.reason
-    with pytest.raises(UserError, match="pip install"):
-        choose_attention("xformers", torch.device("cuda"))
+def test_a_layer_runs_what_replaces_its_kind():
+    torch.manual_seed(0)
+    layer, x = Attention(64, 2), torch.randn(2, 5, 64)
+    expected = layer(x)
+    set_attention(layer, AttentionChoice("no such kind", "", {(5, 5, 32): "short"}))
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+    with pytest.raises(KeyError, match="no such kind"):
+        layer(x[:, :4])
 
 
 def test_short_attention_gives_what_sdpa_gives():
@@ -73,37 +68,57 @@ def test_short_attention_refuses_what_its_kernels_do_not_reach():
     set_attention(Attention(64, 4), "sdpa", num_tokens=257)
 
 
-@pytest.mark.parametrize(
-    ("capability", "precision", "deterministic", "kind"),
-    [
-        ((9, 0), "bf16", False, "xformers"),
-        ((9, 0), "fp32", False, "xformers"),
-        ((9, 0), "bf16", True, "sdpa"),
-        ((12, 0), "fp32", False, "sdpa"),
-        ((12, 0), "bf16", False, "xformers"),
-        ((7, 5), "bf16", False, "sdpa"),
-    ],
-)
-def test_xformers_is_left_where_it_has_no_kernel(monkeypatch, capability, precision, deterministic, kind):
-    monkeypatch.setattr(attention, "_xformers_problem", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_attention("auto", torch.device("cuda"), precision, deterministic).kind == kind
-
-
-def test_a_missing_xformers_is_named_with_the_cure(monkeypatch):
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    attention._xformers_problem.cache_clear()
-    try:
-        assert "pip install" in (attention._xformers_problem() or "")
-    finally:
-        attention._xformers_problem.cache_clear()
-
-
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="5 heads"):
         Attention(12, 5)
     with pytest.raises(UserError, match="5 heads"):
         CrossAttention(12, 5)
+
+
+LENGTHS = (5, 1, 7, 5)
+
+
+def packed_by_formula(q, k, v, lengths):  # [total, H, d] each
+    parts = zip(*(tensor.split(lengths) for tensor in (q, k, v)), strict=True)
+    return torch.cat([torch.stack([by_formula(a[:, h], b[:, h], c[:, h]) for h in range(a.shape[1])], dim=1) for a, b, c in parts])
+
+
+def packed_inputs(device, dtype, head_size):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(sum(LENGTHS), 2, head_size, generator=generator).to(device, dtype) for _ in range(4)]
+    return [tensor.requires_grad_() for tensor in drawn[:3]], drawn[3]
+
+
+def test_packed_sequences_attend_each_to_itself():
+    values, upstream = packed_inputs("cpu", torch.float64, 4)
+    out, expected = packed_attention(*values, LENGTHS), packed_by_formula(*values, list(LENGTHS))
+    assert torch.allclose(out, expected, atol=1e-12)
+    ours, theirs = (torch.autograd.grad((result * upstream).sum(), values) for result in (out, expected))
+    for name, a, b in zip("qkv", ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-12), name
+
+
+def test_packed_lengths_must_fit():
+    values, _ = packed_inputs("cpu", torch.float32, 4)
+    for lengths in ((5, 1, 7), (18, 0), (19, -1)):
+        with pytest.raises(ValueError, match="must be positive and sum to the 18 tokens"):
+            packed_attention(*values, lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kind", ["xformers", "sdpa"])
+def test_packed_sequences_of_a_gpu_attend_each_to_itself(kind, dtype, tolerance):
+    if kind == "xformers" and choose_attention("auto", CUDA, "fp32" if dtype == torch.float32 else "bf16").kind != kind:
+        pytest.skip(choose_attention("auto", CUDA, "bf16").reason)
+    values, upstream = packed_inputs("cuda", dtype, 64)
+    exact = [tensor.detach().double().requires_grad_() for tensor in values]
+    out, expected = packed_attention(*values, LENGTHS, kind), packed_by_formula(*exact, list(LENGTHS))
+    assert torch.allclose(out.double(), expected, atol=tolerance, rtol=tolerance)
+    ours = torch.autograd.grad((out * upstream).sum(), values)
+    theirs = torch.autograd.grad((expected * upstream.double()).sum(), exact)
+    for name, a, b in zip("qkv", ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm(), name
 
 
 @pytest.mark.gpu
@@ -112,7 +127,7 @@ def test_heads_must_divide_the_width():
 def test_each_attention_of_a_gpu_is_the_formula_in_float64(dtype, tolerance, num_tokens):
     device = torch.device("cuda")
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    kinds = {"sdpa", choose_attention("auto", device, precision).kind}
+    kinds = {"sdpa", "sdpa-efficient", choose_attention("auto", device, precision).kind} | ({"sdpa-flash"} if precision == "bf16" else set())
     q, k, v = (torch.randn(2, num_tokens, 3, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     upstream = torch.randn(2, num_tokens, 3, 64, device=device, dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]

@@ -101,6 +101,22 @@ def test_one_pass_gives_what_step_and_average_give(clip_norm):
     assert not torch.equal(teacher.cls_token, PersonMAE(MODEL, seed=4).encoder.cls_token)
 
 
+@pytest.mark.parametrize("first_gradient", [1, 3])
+def test_each_parameter_counts_its_own_steps(first_gradient):
+    weights = []
+    for kind in ("adamw", "adamw-ema"):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        optimiser = build_optimiser(layer, OptimiserConfig(kind=kind))
+        assert update_weights(optimiser, layer, None, 0.1, 0.9, None) == 0  # no gradient at all
+        for step in range(1, 5):
+            layer.weight.grad = torch.randn(3, 4)
+            layer.bias.grad = torch.randn(3) if step >= first_gradient else None
+            update_weights(optimiser, layer, None, 0.1, 0.9, None)
+        weights.append(torch.cat([layer.weight.flatten(), layer.bias]).detach())
+    assert torch.allclose(*weights, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("first", "second"), [("adamw", "adamw-ema"), ("adamw-ema", "adamw")])
 def test_a_run_goes_on_with_the_other_kind(first, second):
     straight, straight_teacher, _, _ = train(first, 4, 0.5)

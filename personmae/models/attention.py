@@ -1,52 +1,131 @@
-"""Multi-head attention, in one of three implementations:
+"""Multi-head attention, in one of these implementations:
 
-    xformers   memory-efficient attention, on CUDA where it is installed
-    sdpa       PyTorch's scaled_dot_product_attention
-    short      our kernels for at most 256 tokens, which read and write the packed output of one linear layer; only if asked for
+    xformers         memory-efficient attention: on CUDA where it is installed
+    sdpa             PyTorch's scaled_dot_product_attention, which chooses among its own kernels
+    sdpa-flash, sdpa-efficient, sdpa-cudnn   the same, held to one of those kernels, on CUDA
+    short            our kernels for at most 256 tokens, which read and write the packed output of one linear layer
 
-The only file that imports xformers.
+`auto` takes xformers on CUDA and PyTorch's elsewhere, but for what `MEASURED` says. The only file that imports xformers.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib.metadata
 import importlib.util
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personmae.configs import UserError
 from personmae_kernels.short_attention import HEAD_SIZES, MAX_TOKENS, short_attention, short_cross_attention
 
-AttentionKind = Literal["auto", "xformers", "sdpa", "short"]
+AttentionKind = Literal["auto", "xformers", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "short"]
+SDPA_BACKENDS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+class Case(NamedTuple):
+    """An attention that implementations were compared on, forward and backward together."""
+
+    queries: int  # tokens
+    keys: int  # tokens; of self-attention as many as queries
+    head_size: int
+    precision: str  # "bf16" or "fp32"
+    device: str  # as torch.cuda.get_device_name gives it
+
+
+class Measured(NamedTuple):
+    """What was fastest, and the committed file with the measurement."""
+
+    kind: str
+    result: str
+
+
+# Where another implementation replaces xformers under `auto`. Empty, because nothing was measured yet.
+MEASURED: dict[Case, Measured] = {}
+
+# Up to this version cuDNN's backward reads beyond its inputs where a sequence is no multiple of 128 tokens (pytorch#169849, #171627).
+LAST_BROKEN_CUDNN = 91500
 
 
 class AttentionChoice(NamedTuple):
     """Which implementation runs, and the sentence that says why."""
 
-    kind: Literal["xformers", "sdpa", "short"]
+    kind: str
     reason: str
+    replaced: Mapping[tuple[int, int, int], str] = MappingProxyType({})  # (queries, keys, head size) -> the kind that runs there instead
 
 
 def choose_attention(kind: AttentionKind, device: torch.device, precision: str = "fp32", deterministic: bool = False) -> AttentionChoice:
-    """The attention of a run. `auto` takes xformers on CUDA where it works; asking for xformers where it does not raises UserError with the cure.
+    """The attention of a run. `auto` takes xformers on CUDA where it works, and what `MEASURED` holds for this device where that is faster.
 
     precision: "fp32" or "bf16", as the layers will run. deterministic: bit-equal runs are asked for, which xformers' backward does not give.
+    On CUDA a cuDNN with a broken attention is kept from PyTorch for the rest of the process. Raises UserError with the cure where what is asked for
+    does not work.
     """
-    if kind in ("sdpa", "short"):
-        return AttentionChoice(kind, "asked for")
     if device.type != "cuda":
-        if kind == "xformers":
-            raise UserError("xformers attention runs on CUDA only; use --attention sdpa on this device")
+        if kind in ("sdpa", "short"):
+            return AttentionChoice(kind, "asked for")
+        if kind != "auto":
+            raise UserError(f"attention {kind} runs on CUDA only; use --attention sdpa on this device")
         return AttentionChoice("sdpa", f"PyTorch's own, on {device.type}")
+    broken = _broken_cudnn()
+    if broken:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    note = f"; cuDNN's attention is switched off: {broken}" if broken else ""
+    if kind in SDPA_BACKENDS:
+        problem = _backend_limit(kind, precision, deterministic)
+        if problem:
+            raise UserError(problem)
+    if kind not in ("auto", "xformers"):
+        return AttentionChoice(kind, f"asked for{note}")
     problem = _xformers_problem() or _xformers_limit(torch.cuda.get_device_capability(device), precision, deterministic)
-    if problem is None:
-        return AttentionChoice("xformers", "memory-efficient attention, installed and built for CUDA")
-    if kind == "xformers":
+    if problem and kind == "xformers":
         raise UserError(problem)
-    return AttentionChoice("sdpa", problem)
+    base = AttentionChoice("sdpa", problem + note) if problem else AttentionChoice("xformers", f"installed and built for CUDA{note}")
+    return base if kind == "xformers" or deterministic else _replace_measured(base, device, precision)
+
+
+def _replace_measured(base: AttentionChoice, device: torch.device, precision: str) -> AttentionChoice:
+    if not MEASURED:
+        return base
+    name = torch.cuda.get_device_name(device)
+    here = {case: found for case, found in MEASURED.items() if (case.precision, case.device) == (precision, name)}
+    usable = {case: found for case, found in here.items() if found.kind not in SDPA_BACKENDS or not _backend_limit(found.kind, precision, False)}
+    if not usable:
+        return base
+    said = ", ".join(f"{found.kind} for {case.queries} x {case.keys} tokens of {case.head_size} ({found.result})" for case, found in usable.items())
+    replaced = {(case.queries, case.keys, case.head_size): found.kind for case, found in usable.items()}
+    return AttentionChoice(base.kind, f"{base.reason}; measured faster here: {said}", replaced)
+
+
+def _backend_limit(kind: str, precision: str, deterministic: bool) -> str | None:
+    """Why a kernel of PyTorch does not serve, with the cure."""
+    if precision == "fp32" and kind != "sdpa-efficient":
+        return f"attention {kind} has no fp32 kernel; use --attention sdpa or --precision bf16"
+    if kind != "sdpa-cudnn":
+        return None
+    if deterministic:
+        return "cuDNN's attention is not deterministic; use --attention sdpa"
+    broken = _broken_cudnn()
+    return f"{broken}; use --attention auto" if broken else None
+
+
+def _broken_cudnn() -> str | None:
+    version = torch.backends.cudnn.version()
+    if version is None or version > LAST_BROKEN_CUDNN:
+        return None
+    return f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} reads beyond its inputs there, as all up to 9.15.0"
 
 
 def _xformers_limit(capability: tuple[int, int], precision: str, deterministic: bool) -> str | None:
@@ -62,26 +141,88 @@ def _xformers_limit(capability: tuple[int, int], precision: str, deterministic: 
 
 @functools.cache
 def _xformers_problem() -> str | None:
+    """Why xformers does not serve, with the cure; None where it does. Imports it."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install -c constraints.txt xformers)"
+    missing = _load_cuda_12_runtime()
     import xformers.ops.fmha.common as fmha
 
     if not fmha._built_with_cuda:
-        return f"xformers' extension does not load beside torch {torch.__version__} (its wheel is built for CUDA 12)"
+        return missing or f"xformers' extension does not load beside torch {torch.__version__} (its wheel is built for CUDA 12)"
+    return None
+
+
+def _load_cuda_12_runtime() -> str | None:
+    """Beside a torch for CUDA 13, load libcudart.so.12 for the extension in xformers' wheel, before xformers is imported; why not, if that fails.
+
+    The extension holds none of the attention kernels, which are PyTorch's own, but without it xformers refuses them all.
+    """
+    cuda = torch.version.cuda
+    if cuda is None or int(cuda.split(".")[0]) <= 12:
+        return None
+    needs = f"xformers' wheel is built for CUDA 12, torch {torch.__version__} for CUDA {cuda}"
+    try:
+        wheel = importlib.metadata.distribution("nvidia-cuda-runtime-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{needs}, and libcudart.so.12 is missing (pip install nvidia-cuda-runtime-cu12==12.8.90)"
+    library = wheel.locate_file("nvidia/cuda_runtime/lib/libcudart.so.12")
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return f"{needs}, and {library} does not load: {error} (pip install --force-reinstall nvidia-cuda-runtime-cu12==12.8.90)"
     return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v. q: [B, N, H, d], k, v: [B, M, H, d] -> [B, N, H, d]."""
+    """softmax(q k^T / sqrt(d)) v. q: [B, N, H, d], k, v: [B, M, H, d] -> [B, N, H, d]. kind: "xformers", "sdpa" or one of `SDPA_BACKENDS`."""
+    # torch.compile cannot trace xformers' fp32 backward (a mix of CPU and CUDA arguments); its kernel is the one that PyTorch calls efficient.
+    if kind == "xformers" and q.dtype == torch.float32 and torch.compiler.is_compiling():
+        kind = "sdpa-efficient"
     if kind == "xformers":
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if kind == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(SDPA_BACKENDS[kind]):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Self-attention with timm's parameter names (qkv, proj)."""
+@torch.compiler.disable
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], kind: str = "auto") -> Tensor:
+    """Self-attention inside each of several sequences that lie one after the other. q, k, v: [total, H, d] -> [total, H, d].
+
+    lengths: tokens of each sequence; their sum is total. kind: as `attend`, or "auto" for the choice of `choose_attention`. With xformers it is one
+    launch, and the mask of a tuple of lengths is built at its first use, which must not be inside a CUDA graph capture, and kept for ever: a graph
+    holds its address. Elsewhere it is one attention for each sequence. torch.compile calls it as it is. Raises ValueError for lengths that do not
+    fit.
+    """
+    if any(length < 1 for length in lengths) or sum(lengths) != len(q):
+        raise ValueError(f"lengths {list(lengths)} must be positive and sum to the {len(q)} tokens")
+    if kind == "auto":
+        kind = choose_attention("auto", q.device, "fp32" if q.dtype == torch.float32 else "bf16", torch.are_deterministic_algorithms_enabled()).kind
+    if kind == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        mask = block_diagonal_mask(tuple(lengths), q.device)
+        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+    parts = zip(*(tensor[None].split(list(lengths), dim=1) for tensor in (q, k, v)), strict=True)
+    return torch.cat([attend(one_q, one_k, one_v, kind)[0] for one_q, one_k, one_v in parts])
+
+
+@functools.cache
+def block_diagonal_mask(lengths: tuple[int, ...], device: torch.device) -> object:
+    """xformers' mask of sequences of these lengths. Raises RuntimeError inside a CUDA graph capture, where it cannot be built."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the mask of these lengths is new: run packed_attention with them once before the CUDA graph is captured")
+    return BlockDiagonalMask.from_seqlens(list(lengths), device=device)
+
+
+class _Heads(nn.Module):
+    """What self-attention and cross-attention share."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -89,55 +230,71 @@ class Attention(nn.Module):
             raise UserError(f"width {width} does not divide into {num_heads} heads")
         self.num_heads, self.head_size = num_heads, width // num_heads
         self.kind: str = "sdpa"
+        self.replaced: dict[tuple[int, int], str] = {}
+
+    def kind_for(self, queries: int, keys: int) -> str:
+        """The implementation for so many tokens."""
+        # An empty table is not asked, so that a compiled layer does not specialise on the number of tokens.
+        return self.replaced.get((queries, keys), self.kind) if self.replaced else self.kind
+
+
+class Attention(_Heads):
+    """Self-attention with timm's parameter names (qkv, proj)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_size)
-        if self.kind == "short":
+        kind = self.kind_for(N, N)
+        if kind == "short":
             out = short_attention(qkv)
         else:
             q, k, v = qkv.unbind(2)
-            out = attend(q, k, v, self.kind)
+            out = attend(q, k, v, kind)
         return self.proj(out.reshape(B, N, D))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Heads):
     """Attention of queries to a context."""
 
     def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        if width % num_heads:
-            raise UserError(f"width {width} does not divide into {num_heads} heads")
-        self.num_heads, self.head_size = num_heads, width // num_heads
-        self.kind: str = "sdpa"
+        super().__init__(width, num_heads)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # [B, N, D], [B, M, D] -> [B, N, D]
         B, N, D = x.shape
+        M = context.shape[1]
         q = self.q(x).view(B, N, self.num_heads, self.head_size)
-        kv = self.kv(context).view(B, context.shape[1], 2, self.num_heads, self.head_size)
-        if self.kind == "short":
+        kv = self.kv(context).view(B, M, 2, self.num_heads, self.head_size)
+        kind = self.kind_for(N, M)
+        if kind == "short":
             out = short_cross_attention(q, kv)
         else:
             k, v = kv.unbind(2)
-            out = attend(q, k, v, self.kind)
+            out = attend(q, k, v, kind)
         return self.proj(out.reshape(B, N, D))
 
 
-def set_attention(module: nn.Module, kind: str, num_tokens: int | None = None) -> None:
-    """Make every attention layer inside `module` use this implementation.
+def set_attention(module: nn.Module, choice: AttentionChoice | str, num_tokens: int | None = None) -> None:
+    """Make every attention layer inside `module` use this implementation; what a choice replaces it by, where the tokens and heads are those.
 
     num_tokens: of the longest sequence, if it is known. Raises UserError where the kernels of `short` are asked for and do not reach.
     """
+    if isinstance(choice, str):
+        choice = AttentionChoice(choice, "")
+    kind = choice.kind
     if kind == "short" and num_tokens is not None and num_tokens > MAX_TOKENS:
         raise UserError(f"attention short reaches to {MAX_TOKENS} tokens, and there are {num_tokens} here; use attention auto")
     for part in module.modules():
-        if isinstance(part, Attention | CrossAttention):
+        if isinstance(part, _Heads):
             if kind == "short" and part.head_size not in HEAD_SIZES:
                 sizes = " or ".join(map(str, HEAD_SIZES))
                 raise UserError(f"attention short is for heads of {sizes} channels, not {part.head_size}; use attention auto")
             part.kind = kind
+            part.replaced = {(queries, keys): other for (queries, keys, size), other in choice.replaced.items() if size == part.head_size}

@@ -1,19 +1,26 @@
-"""The update of the weights: AdamW with decay groups, clipped gradients, the teacher's moving average.
+"""The update of the weights: AdamW or LAMB with decay groups, clipped gradients, the teacher's moving average.
 
     adamw       PyTorch's fused AdamW, then the average: the default
     adamw-ema   all of it in one pass over the weights (personmae_kernels.adamw_ema)
+    apex-adam   FusedAdam of NVIDIA's apex: the arithmetic of AdamW
+    apex-lamb   FusedLAMB of NVIDIA's apex (You et al., 2020): the step of each matrix is scaled to the norm of its weights
 
-Both keep the same state, so that a run may go on with the other.
+The first two keep the same state, so that a run may go on with the other; that of the apex kinds is read by the same kind only. Gradients are clipped
+before the step, alike for all. The only file that imports apex.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from personmae.configs import UserError
 from personmae.training.ema import MovingAverage
 from personmae_kernels.adamw_ema import adamw_ema_, adamw_hyper
 
@@ -22,7 +29,7 @@ from personmae_kernels.adamw_ema import adamw_ema_, adamw_hyper
 class OptimiserConfig:
     """AdamW as in MAE (He et al., 2022)."""
 
-    kind: Literal["adamw", "adamw-ema"] = "adamw"  # adamw-ema: step, clipping and the teacher's average in one kernel
+    kind: Literal["adamw", "adamw-ema", "apex-adam", "apex-lamb"] = "adamw"  # adamw-ema: step, clipping and the average in one kernel; apex: NVIDIA's
     learning_rate: float = 1.5e-4  # at a global batch of 256; the peak is learning_rate * batch_size / 256
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -55,34 +62,29 @@ class AdamWEma(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, object]], average: MovingAverage | None, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self._averages = {} if average is None else dict(average.pairs())
+        self._num_steps: dict[Tensor, int] = {}  # that each parameter has done; empty after loading a state
 
     @torch.no_grad()
     def update(self, momentum: float, clip_norm: float | None) -> Tensor:
         """One step; returns the norm of the gradients before clipping, [] float32 on the device. No synchronisation with the host but in the first
         step after a state was loaded."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)
+        chosen = [(parameter, group) for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter, _ in chosen if parameter.grad is not None], foreach=True)
         scale = 1.0 if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        step = self._begin_step(parameters)
-        group = self.param_groups[0]
-        hyper = adamw_hyper(group["lr"], group["betas"], group["eps"], step, scale, momentum, norm.device)
-        for averaged in (True, False):
-            chosen = [
-                (parameter, group["weight_decay"])
-                for group in self.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None and (parameter in self._averages) is averaged
-            ]
-            if not chosen:
-                continue
-            own = [parameter for parameter, _ in chosen]
+        self._count_step([parameter for parameter, _ in chosen])
+        # One launch for what has done as many steps (as a rule all) and has an average, one for what has none.
+        launches: dict[tuple[int, bool], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
+        for parameter, group in chosen:
+            launches.setdefault((self._num_steps[parameter], parameter in self._averages), []).append((parameter, group))
+        for (step, averaged), members in launches.items():
+            own, group = [parameter for parameter, _ in members], members[0][1]
             adamw_ema_(
                 own,
                 [parameter.grad for parameter in own],
                 [self.state[parameter]["exp_avg"] for parameter in own],
                 [self.state[parameter]["exp_avg_sq"] for parameter in own],
-                hyper,
-                [decay for _, decay in chosen],
+                adamw_hyper(group["lr"], group["betas"], group["eps"], step, scale, momentum, norm.device),
+                [group["weight_decay"] for _, group in members],
                 averages=[self._averages[parameter] for parameter in own] if averaged else (),
             )
         # What has no gradient stays as it is, and its average comes nearer to it all the same.
@@ -91,35 +93,100 @@ class AdamWEma(torch.optim.AdamW):
             torch._foreach_lerp_([self._averages[parameter] for parameter in still], still, 1.0 - momentum)
         return norm
 
-    def _begin_step(self, parameters: list[nn.Parameter]) -> int:
-        """Makes missing state and counts the step; returns its number, from 1."""
+    def _count_step(self, parameters: list[nn.Parameter]) -> None:
+        """Makes missing state and counts the step, on the device for the state and here for the corrections."""
         for parameter in parameters:
             if not self.state[parameter]:
                 moments = {name: torch.zeros_like(parameter, memory_format=torch.contiguous_format) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter].update({"step": torch.zeros((), device=parameter.device), **moments})
-        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
-        if self._num_steps is None:
-            self._num_steps = int(self.state[parameters[0]]["step"]) - 1
-        self._num_steps += 1
-        return self._num_steps
-
-    _num_steps: int | None = None  # done so far; None: as the state says
+                self._num_steps[parameter] = 0
+        loaded = [parameter for parameter in parameters if parameter not in self._num_steps]
+        if loaded:
+            done = torch.stack([self.state[parameter]["step"] for parameter in loaded]).tolist()
+            self._num_steps.update({parameter: int(steps) for parameter, steps in zip(loaded, done, strict=True)})
+        if parameters:
+            torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
+        for parameter in parameters:
+            self._num_steps[parameter] += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch."""
         super().load_state_dict(state_dict)
-        self._num_steps = None
+        self._num_steps = {}
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig, average: MovingAverage | None = None) -> torch.optim.AdamW:
-    """The optimiser of a run, on the CPU too; `update_weights` sets its learning rate. average: of the weights, which adamw-ema moves itself."""
+def build_optimiser(model: nn.Module, config: OptimiserConfig, average: MovingAverage | None = None) -> torch.optim.Optimizer:
+    """The optimiser of a run, of a model that is on its device; `update_weights` sets its learning rate.
+
+    average: of the weights, which adamw-ema moves itself. Raises UserError with the cure where an apex kind is asked for and does not work. Loading
+    the state of another kind that keeps other things raises UserError too.
+    """
     groups = decay_groups(model, config.weight_decay)
-    settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "fused": True}
-    return torch.optim.AdamW(groups, **settings) if config.kind == "adamw" else AdamWEma(groups, average, **settings)
+    settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    optimiser: torch.optim.Optimizer
+    if config.kind == "adamw":
+        optimiser = torch.optim.AdamW(groups, **settings, fused=True)
+    elif config.kind == "adamw-ema":
+        optimiser = AdamWEma(groups, average, **settings, fused=True)
+    else:
+        _require_cuda(config.kind, next(model.parameters()).device)
+        optimiser = _build_apex(config.kind, groups, settings)
+    kind = config.kind if config.kind.startswith("apex") else "adamw"
+    optimiser.register_load_state_dict_pre_hook(lambda _, state: _check_kind(kind, state))
+    return optimiser
+
+
+# The head of its master branch on 2026-07-08; the tags are of NVIDIA's containers.
+APEX_COMMIT = "6424da3b4faa6c8f062da4a48c424fff3f02d42d"
+APEX_INSTALL = f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex@{APEX_COMMIT}"
+APEX_CURE = f"it is built from its repository, with the nvcc of CUDA {{cuda}}: {APEX_INSTALL}"
+
+
+def _require_cuda(kind: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError(f"optimiser {kind} runs on CUDA only, and this run is on {device}; use --optimiser.kind adamw")
+
+
+def _build_apex(kind: str, groups: list[dict[str, object]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """FusedAdam or FusedLAMB. Raises UserError with the command that installs apex where it is missing, another project or without its kernels."""
+    cure = APEX_CURE.format(cuda=torch.version.cuda)
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        raise UserError(f"optimiser {kind} needs NVIDIA's apex, which is not installed; {cure}")
+    # Looked for as a file: to import the other project may fail in any way.
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers" / "fused_lamb.py").exists() for folder in folders):
+        raise UserError(f"the apex that is installed{_apex_summary()} is not NVIDIA's, which PyPI does not have: pip uninstall apex, then {cure}")
+    try:
+        from apex.optimizers import FusedAdam, FusedLAMB
+
+        if kind == "apex-adam":
+            return FusedAdam(groups, **settings, adam_w_mode=True)
+        # LAMB would clip by itself, at 1.0: the bound is set to where it never does, as gradients come clipped.
+        return FusedLAMB(groups, **settings, adam_w_mode=True, max_grad_norm=torch.finfo(torch.float32).max)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"apex is installed but does not give its optimiser ({error}); {cure}") from error
+
+
+def _apex_summary() -> str:
+    """What the package says it is, in brackets; empty if it says nothing."""
+    try:
+        about = importlib.metadata.metadata("apex")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return f" ({about['Summary']})" if "Summary" in about else ""
+
+
+def _check_kind(kind: str, state: dict[str, Any]) -> None:
+    """Raises UserError if the state is of a kind that keeps other things: "adamw" (both of ours), "apex-adam" or "apex-lamb"."""
+    group = state["param_groups"][0]
+    saved = "apex-lamb" if "max_grad_norm" in group else "apex-adam" if "bias_correction" in group else "adamw"
+    if saved != kind:
+        raise UserError(f"the optimiser's state is that of {saved}, and this run's is {kind}; go on with --optimiser.kind {saved}")
 
 
 def update_weights(
-    optimiser: torch.optim.AdamW, model: nn.Module, average: MovingAverage | None, rate: float, momentum: float, clip_norm: float | None
+    optimiser: torch.optim.Optimizer, model: nn.Module, average: MovingAverage | None, rate: float, momentum: float, clip_norm: float | None
 ) -> Tensor:
     """One update from the gradients, which are then dropped: clip, step, move the average. Returns the norm of the gradients before clipping, []
     float32 on the device.
@@ -134,7 +201,8 @@ def update_weights(
         optimiser.step()
         if average is not None:
             average.update(momentum)
-    optimiser.zero_grad(set_to_none=True)
+    # Not the optimiser's own: apex's takes no arguments.
+    model.zero_grad(set_to_none=True)
     return norm
 
 
