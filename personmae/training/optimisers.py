@@ -80,7 +80,7 @@ class AdamWEma(torch.optim.AdamW):
             own, group = [parameter for parameter, _ in members], members[0][1]
             adamw_ema_(
                 own,
-                [parameter.grad for parameter in own],
+                [parameter.grad for parameter in own if parameter.grad is not None],
                 [self.state[parameter]["exp_avg"] for parameter in own],
                 [self.state[parameter]["exp_avg_sq"] for parameter in own],
                 adamw_hyper(group["lr"], group["betas"], group["eps"], step, scale, momentum, norm.device),
