@@ -27,6 +27,7 @@ from personmae.models.teacher import Teacher, build_teacher
 from personmae.models.vit import VisionTransformer
 from personmae.models.weights import save_encoder
 from personmae.recipes import FREE_SETTINGS, PretrainConfig, pretrain_presets
+from personmae.training.blocks import choose_compilation, set_blocks
 from personmae.training.checkpoints import Checkpoint, list_checkpoints, load_newest, restore_module, restore_optimiser, save_checkpoint
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import describe_environment
@@ -87,13 +88,16 @@ def main(config: PretrainConfig) -> int:
             attention = choose_attention(config.attention, device, precision, config.deterministic)
             logbook.announce(f"attention: {attention.kind} ({attention.reason}); precision: {precision}")
             use_operators(None if config.operators == "auto" else config.operators)
-            logbook.announce(f"operators: {describe_operators(device)}")
+            compilation = choose_compilation(config.compile, device)
+            compiled = "compiled" if compilation.compiled else "not compiled"
+            logbook.announce(f"operators: {describe_operators(device)}; blocks: {compiled} ({compilation.reason})")
 
             # The model, its teacher and its optimiser.
             model, teacher = build_models(config)
             for part in (model, teacher):
                 part.to(device)
                 set_attention(part, attention, longest_sequence(config.model))
+                set_blocks(part, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
             average = MovingAverage(teacher.encoder, model.encoder) if config.teacher.kind == "ema" else None
             optimiser = build_optimiser(model, config.optimiser, average)
             if saved:

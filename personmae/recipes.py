@@ -20,6 +20,7 @@ from personmae.models.masked import MaskedConfig
 from personmae.models.masking import MaskingConfig
 from personmae.models.teacher import TeacherConfig
 from personmae.models.zoo import ENCODERS
+from personmae.training.blocks import CompileKind
 from personmae.training.optimisers import OptimiserConfig
 from personmae.training.schedules import ScheduleConfig
 
@@ -59,6 +60,8 @@ class PretrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on a CPU
     attention: AttentionKind = "auto"
     operators: Literal["auto", "reference"] = "auto"  # auto: the Triton kernels on CUDA; reference: plain PyTorch
+    compile: CompileKind = "auto"  # the blocks by torch.compile; auto: on CUDA
+    checkpoint_activations: bool = False  # less memory for more time: activations are dropped, and computed again in the backward pass
     deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
     log_every: int = 20  # steps
@@ -80,6 +83,8 @@ FREE_SETTINGS = (
     "device",
     "attention",
     "operators",
+    "compile",
+    "checkpoint_activations",
     "teacher.fused_gelu",
     "optimiser.kind",
     "deterministic",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae.models.attention import Attention, CrossAttention
-from personmae.models.vit import Block, Mlp, Residual, sin_cos_positions
+from personmae.models.vit import Block, Blocks, Mlp, Residual, sin_cos_positions
 from personmae_kernels import assemble_tokens, join_tokens, region_queries
 
 
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         if config.form != "mae" and config.codes == "relative":
             self.code = nn.Linear(2 * width, width)
         make = CrossBlock if config.form == "cross" else Block
-        self.blocks = nn.ModuleList(make(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = Blocks(make(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, out_width)
 
@@ -80,14 +80,9 @@ class Decoder(nn.Module):
         flips: bool [B, 2] of A and B. Returns [B, L, out_width], cells of B in row-major order."""
         context = self.embed(context)
         if self.config.form == "cross":
-            x = Residual(self._queries(boxes, flips))
-            for block in self.blocks:
-                x = block(x, context)
+            x = self.blocks.run(Residual(self._queries(boxes, flips)), context)
+        elif self.config.form == "joint":
+            x = self.blocks.run(Residual(join_tokens(context, visible, self.positions, self._queries(boxes, flips))))
         else:
-            if self.config.form == "joint":
-                x = Residual(join_tokens(context, visible, self.positions, self._queries(boxes, flips)))
-            else:
-                x = Residual(assemble_tokens(context, visible, self.mask_token, self.positions))
-            for block in self.blocks:
-                x = block(x)
+            x = self.blocks.run(Residual(assemble_tokens(context, visible, self.mask_token, self.positions)))
         return self.head(x.add_and_norm(self.norm).normed[:, -len(self.positions) :])

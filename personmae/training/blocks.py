@@ -1,0 +1,41 @@
+"""How the blocks of a model are run: compiled, or with their activations dropped and computed again.
+
+Each block is compiled by itself: all blocks of a kind share one compilation, and what lies between them (operators, data) stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from personmae.models.vit import Blocks
+
+CompileKind = Literal["auto", "yes", "no"]
+
+
+class CompileChoice(NamedTuple):
+    """Whether blocks are compiled, and the words that say why."""
+
+    compiled: bool
+    reason: str
+
+
+def choose_compilation(kind: CompileKind, device: torch.device) -> CompileChoice:
+    """auto: on CUDA, where the time that compiling takes comes back."""
+    if kind == "auto":
+        return CompileChoice(device.type == "cuda", f"on {device.type}")
+    return CompileChoice(kind == "yes", "asked for")
+
+
+def set_blocks(module: nn.Module, *, compiled: bool, checkpointing: bool, backend: str = "inductor") -> None:
+    """How every block inside `module` runs from now on. Names and values of parameters stay as they are.
+
+    compiled: by torch.compile, each block as one graph for the sizes that it meets. checkpointing: see `Blocks`. backend: of torch.compile.
+    """
+    for part in module.modules():
+        if isinstance(part, Blocks):
+            part.checkpointing = checkpointing
+            for block in part if compiled else ():
+                block.compile(fullgraph=True, dynamic=False, backend=backend)

@@ -1,0 +1,84 @@
+"""Blocks compiled or checkpointed give what plain blocks give, keep their names, and checkpointing keeps less."""
+
+import pytest
+import torch
+
+from personmae.models.decoders import DecoderConfig
+from personmae.models.masked import MaskedConfig, PersonMAE
+from personmae.models.teacher import TeacherConfig, build_teacher
+from personmae.models.vit import VitConfig
+from personmae.training.blocks import choose_compilation, set_blocks
+from tests.test_masked import inputs
+
+ENCODER = VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=3, num_heads=2)
+
+
+def build(form, injection=False):
+    decoder = DecoderConfig(form=form, depth=2, width=16, num_heads=2)
+    config = MaskedConfig(encoder=ENCODER, pixel_decoder=decoder, feature_decoder=decoder, low_level_injection=injection)
+    model = PersonMAE(config, seed=1)
+    return model, build_teacher(TeacherConfig(), model.encoder)
+
+
+def step(model, teacher):
+    """(the loss, every gradient, bytes that autograd kept)"""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = model(batch, teacher(batch.region_b)).total
+    total.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return total.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("form", ["cross", "joint"])
+def test_checkpointing_gives_the_same_bits_and_keeps_less(form):
+    model, teacher = build(form, injection=True)
+    total, gradients, kept = step(model, teacher)
+    set_blocks(model, compiled=False, checkpointing=True)
+    again, others, kept_less = step(model, teacher)
+    assert torch.equal(total, again)
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+    assert kept_less < 0.5 * kept
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("form", ["cross", "joint"])
+def test_compiled_blocks_give_the_same_and_keep_their_names(form, checkpointing):
+    model, teacher = build(form)
+    names = list(model.state_dict())
+    total, gradients, _ = step(model, teacher)
+    for part in (model, teacher):
+        set_blocks(part, compiled=True, checkpointing=checkpointing, backend="aot_eager")
+    again, others, _ = step(model, teacher)
+    assert list(model.state_dict()) == names
+    assert again.item() == pytest.approx(total.item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(others[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_the_choice_says_its_reason():
+    assert choose_compilation("auto", torch.device("cpu")) == (False, "on cpu")
+    assert choose_compilation("auto", torch.device("cuda")) == (True, "on cuda")
+    assert choose_compilation("yes", torch.device("cpu")) == (True, "asked for")
+    assert choose_compilation("no", torch.device("cuda")) == (False, "asked for")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_residual_stream_has_the_dtype_of_the_products(precision, dtype):
+    model, _ = build("cross")
+    seen = []
+    for block in [*model.encoder.blocks, *model.pixel_decoder.blocks]:
+        block.register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0].stream.dtype))
+    batch = inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        encoded = model.encode(batch)
+        model.predict_pixels(encoded, batch)
+    assert seen == [dtype] * 5
+    assert encoded.normed.dtype == torch.float32
