@@ -2,6 +2,7 @@
 # make test    sets everything up, passes the tests
 # make lint    ruff and mypy
 # make kernels compiles every Triton kernel ahead of time, without a GPU, and prints its registers; fails where they spill
+# make wheel   dist/*.whl with the compiled operators, for machines without a compiler
 # make bench   the benchmarks, as far as this machine goes; results under benchmarks/results/
 # make gpu     on a machine with a GPU: the model on its kernels, the GPU tests, then the benchmarks, which run each operator's tests first
 # make install only sets up: .venv with the versions of constraints.txt, the compiled operators where a compiler is there
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := install
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint kernels bench gpu clean
+.PHONY: install demo test lint kernels wheel bench gpu clean
 
 PYTHON ?= python3
 STACK ?= default
@@ -85,6 +86,11 @@ lint: $(READY)
 
 kernels: $(READY)
 	@$(PY) benchmarks/operators.py --compile-only
+
+# One wheel for every torch from 2.10 on and Python 3.11 and 3.12 (stable ABI), with CUDA operators where nvcc is here.
+wheel: $(READY)
+	@$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	ls -1 dist/*.whl
 
 bench: $(READY)
 	@for benchmark in $(BENCHMARKS); do echo "$$benchmark"; $(PY) $$benchmark; done

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
-
-import tyro
 
 from personmae.configs import UserError
 from personmae.data.loaders import LoaderConfig
@@ -23,6 +22,10 @@ from personmae.models.zoo import ENCODERS
 from personmae.training.blocks import CompileKind
 from personmae.training.optimisers import OptimiserConfig
 from personmae.training.schedules import ScheduleConfig
+
+# Of the command line alone: annotations are not evaluated before it is read, and the presets serve programs without it.
+with contextlib.suppress(ModuleNotFoundError):
+    import tyro
 
 
 def require_positive(config: object, *names: str) -> None:

@@ -122,10 +122,8 @@ class Blocks(nn.ModuleList):
     def run(self, x: Residual, *context: Tensor, after_first: Callable[[Residual], None] | None = None) -> Residual:
         """x through all blocks, each of which gets the context too. after_first: is shown what the first block gives."""
         for number, block in enumerate(self):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *context, use_reentrant=False)
-            else:
-                x = block(x, *context)
+            dropped = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, *context, use_reentrant=False) if dropped else block(x, *context)
             if number == 0 and after_first is not None:
                 after_first(x)
         return x
