@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -91,15 +92,27 @@ def write_result(path: Path, benchmark: str, settings: Mapping[str, Any], result
     record = {
         "benchmark": benchmark,
         "date": date,
-        "commit": commit(),
+        "commit": commit_at_first(),
         "machine": describe_machine(),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+        "settings": {key: path_in_words(value) if isinstance(value, Path) else value for key, value in settings.items()},
         "results": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@functools.cache
+def commit_at_first() -> str:
+    """The commit as it stands when it is first asked for: a result that is written piece by piece changes the tree itself."""
+    return commit()
+
+
+def path_in_words(path: Path) -> str:
+    """Relative to the project where it lies in it, else its name alone: results tell no folders of a machine."""
+    path = path.absolute()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def _processor() -> str:

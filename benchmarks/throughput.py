@@ -24,7 +24,7 @@ import torch
 # A program's own folder is on the path, the root is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._measure import RESULTS, write_result
+from benchmarks._measure import RESULTS, commit_at_first, write_result
 from benchmarks._operator_timing import CANNOT_RUN
 from benchmarks._throughput_chart import draw_chart
 from benchmarks._throughput_flops import PLANNED, count_flops, describe_flops
@@ -33,7 +33,6 @@ from benchmarks._throughput_timing import Lengths, Timing, describe_problem, fre
 from benchmarks._throughput_ways import WAYS, Trainer, Way, begin, make_trainer
 from personmae.data.loaders import LoaderConfig
 from personmae.recipes import PretrainConfig, pretrain_presets
-from personmae.training.environment import commit
 
 # Presets that all ways are timed for; of the others ours alone.
 COMPARED = ("vit-nano", "vit-small", "vit-base")
@@ -98,7 +97,7 @@ def chart(options: argparse.Namespace, rows: Rows) -> None:
     """The chart beside the JSON file, if anything was timed."""
     if any("images_per_second" in row for row in rows):
         where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        revision, _, changes = commit().partition(" ")
+        revision, _, changes = commit_at_first().partition(" ")
         title = f"Training step, batch {options.batch_size}, {options.precision}; {where}; torch {torch.__version__}; {revision[:12]} {changes}"
         try:
             draw_chart(options.output.with_suffix(".png"), title, rows)

@@ -38,10 +38,11 @@ def test_calls_are_counted_after_the_warm_up(monkeypatch):
 
 def test_results_say_where_they_come_from(tmp_path):
     path = tmp_path / "new" / "speed.json"
-    write_result(path, "speed", {"batch_size": 8, "source": tmp_path}, [{"kind": "a", "seconds": Spread(2.0, 1.0, 3.0, 9)}])
+    settings = {"batch_size": 8, "source": tmp_path, "output": ROOT / "benchmarks" / "results" / "speed.json"}
+    write_result(path, "speed", settings, [{"kind": "a", "seconds": Spread(2.0, 1.0, 3.0, 9)}])
     record = json.loads(path.read_text())
     assert record["results"] == [{"kind": "a", "seconds": {"median": 2.0, "low": 1.0, "high": 3.0, "num": 9}}]
-    assert record["settings"] == {"batch_size": 8, "source": str(tmp_path)}
+    assert record["settings"] == {"batch_size": 8, "source": tmp_path.name, "output": "benchmarks/results/speed.json"}
     assert record["commit"] == commit()
     assert record["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert record["date"].endswith("+00:00")
