@@ -4,7 +4,7 @@
 # make kernels compiles every Triton kernel ahead of time, without a GPU, and prints its registers; fails where they spill
 # make wheel   dist/*.whl with the compiled operators, for machines without a compiler
 # make bench   the benchmarks, as far as this machine goes; results under benchmarks/results/
-# make gpu     on a machine with a GPU: the model on its kernels, the GPU tests, then the benchmarks, which run each operator's tests first
+# make gpu     on a machine with a GPU: the model on its kernels, the step and the operators timed, the GPU tests; results under benchmarks/results/
 # make install only sets up: .venv with the versions of constraints.txt, the compiled operators where a compiler is there
 #
 #   PYTHON=python3.12     the Python to make .venv with (3.11 or 3.12)
@@ -98,9 +98,15 @@ bench: $(READY)
 gpu: $(READY)
 	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
 	  echo "There is no CUDA device here (torch.cuda.is_available() is False): run this on a machine with an NVIDIA GPU." >&2; exit 1; }
-	$(PY) -m pytest -q tests/test_fused_model.py tests/ops/test_launching.py tests/test_optimisers.py
-	$(PY) -m pytest -m gpu $(ARGS)
-	for benchmark in $(BENCHMARKS); do echo "$$benchmark"; $(PY) $$benchmark; done
+	# Each part has its own time, and what fails does not keep the others from their results.
+	failed=0
+	part() { echo "== $$*"; timeout "$$@" || { echo "== failed ($$?): $$*"; failed=1; }; }
+	part 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_optimisers.py tests/ops/test_launching.py
+	part 180 $(PY) benchmarks/throughput.py
+	part 180 $(PY) benchmarks/operators.py
+	part 120 $(PY) -m pytest -q tests/test_fused_convergence.py
+	part 120 $(PY) -m pytest -q -m gpu $(ARGS)
+	exit $$failed
 
 clean:
 	rm -rf .venv .venv-torch211 build dist ./*.egg-info kernels/*.egg-info kernels/personmae_kernels/_C.*.so

@@ -40,6 +40,17 @@ def test_a_skipped_extension_is_tried_again_and_stops_nothing(tmp_path):
     assert "built" not in make()
 
 
+@needs_make
+@pytest.mark.parametrize("broken", ["nothing", "throughput.py"])
+def test_on_a_gpu_one_failing_part_keeps_no_other_from_its_results(tmp_path, broken):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = write_program(tmp_path / "python", 'echo "ran $*"', f'[[ "$*" != *{broken}* ]]')
+    result = subprocess.run(["make", "gpu", f"PY={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = [line for line in result.stdout.splitlines() if line.startswith("ran ")]
+    assert all(any(part in line for line in ran) for part in ("test_fused_model.py", "throughput.py", "operators.py", "-m gpu"))
+    assert (result.returncode == 0) is (broken == "nothing")
+
+
 @pytest.mark.parametrize(
     ("base", "has_venv", "has_headers", "there", "installed"),
     [
