@@ -116,7 +116,7 @@ class Block(nn.Module):
 class Blocks(nn.ModuleList):
     """Blocks that run one after the other on a residual stream."""
 
-    # Drop what a block computes inside, and compute it again in the backward pass: less memory for about a third more time.
+    # Drop what a block computes inside, and compute it again in the backward pass: less memory for more time.
     checkpointing = False
 
     def run(self, x: Residual, *context: Tensor, after_first: Callable[[Residual], None] | None = None) -> Residual:
