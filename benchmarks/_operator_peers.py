@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._operator_cases import FILES
+from personmae.models.attention import xformers_problem
 from personmae_kernels import compiled, reference
 from personmae_kernels.block_masks import block_masks, block_masks_reference
 from personmae_kernels.launching import Form
@@ -202,14 +203,6 @@ def _apex_adamw(arguments: Arguments) -> Callable[[], Any]:
     return _optimiser_and_average(functools.partial(importlib.import_module("apex.optimizers").FusedAdam, adam_w_mode=True), arguments)
 
 
-def _no_xformers() -> str:
-    if importlib.util.find_spec("xformers") is None:
-        return "not installed (pip install -c constraints.txt xformers)"
-    if not importlib.import_module("xformers.ops.fmha.common")._built_with_cuda:
-        return f"its extension does not load beside torch {torch.__version__} (its wheel is built for CUDA 12)"
-    return ""
-
-
 def _no_liger() -> str:
     return "" if importlib.util.find_spec("liger_kernel") else "not installed (pip install liger-kernel)"
 
@@ -237,10 +230,10 @@ _OF_TORCH: dict[str, list[Version]] = {
         for operator in ("short_attention", "short_cross_attention")
     },
 }
-# Library: why it is missing (empty if it is there), and the operators that it has an equivalent of.
-_LIBRARIES: dict[str, tuple[Callable[[], str], dict[str, Bind]]] = {
+# Library: why it is missing (empty or None if it is there), and the operators that it has an equivalent of.
+_LIBRARIES: dict[str, tuple[Callable[[], str | None], dict[str, Bind]]] = {
     "xformers": (
-        _no_xformers,
+        xformers_problem,
         {"short_attention": _xformers_self_attention, "short_cross_attention": _xformers_cross_attention, "gather_visible": _xformers_select},
     ),
     "liger": (_no_liger, {"add_layer_norm": _liger_layer_norm}),

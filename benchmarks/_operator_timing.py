@@ -94,7 +94,7 @@ def time_operator(name: str, cases: list[Case], maker: Maker, ceilings: Ceilings
                 for direction, taken in time_version(case, version, maker):
                     rows.append(finish_row({**row, "direction": direction}, taken, works[direction], ceilings))
             except CANNOT_RUN as error:
-                problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                problem = describe_problem(error)
                 rows.append({**row, "problem": problem})
                 print(f"{name}, {case.name}, {version.name}: {problem}", flush=True)
             finally:
@@ -151,6 +151,11 @@ def left_out(row: dict[str, Any]) -> dict[str, Any]:
     """The row of what was not measured any more, said once for each."""
     print(f"{row['operator']}, {row['case']}, {row['version']}: left out for lack of time (--part-seconds)", flush=True)
     return {**row, "left_out": "out of time; --part-seconds gives more"}
+
+
+def describe_problem(error: BaseException) -> str:
+    """On one line, without PyTorch's advice."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def name_of(dtype: torch.dtype) -> str:

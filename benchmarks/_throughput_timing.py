@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks._measure import spread, time_calls
-from benchmarks._operator_timing import CANNOT_RUN, measure_ceilings
+from benchmarks._operator_timing import CANNOT_RUN, describe_problem, measure_ceilings
 from benchmarks._throughput_inputs import Feed, Source
 from benchmarks._throughput_ways import Trainer, Way
 from personmae.data.loaders import RegionBatch
@@ -150,11 +150,6 @@ def measure_ceiling(device: torch.device) -> float:
     side = 1024
     a, b = torch.randn(side, side), torch.randn(side, side)
     return 2 * side**3 / min(time_calls(functools.partial(torch.mm, a, b), num=1, num_warm_up=0).median for _ in range(50))
-
-
-def describe_problem(error: BaseException) -> str:
-    """On one line, without PyTorch's advice."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def free_memory(device: torch.device) -> None:

@@ -102,8 +102,7 @@ def train_ours(way: Way, config: PretrainConfig, beginning: Beginning, device: t
     # After the check: what is compiled is compiled for a batch size.
     for part in (model, teacher):
         set_blocks(part, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
-    blocks = f"{'compiled' if compilation.compiled else 'not compiled'} ({compilation.reason})"
-    return Trainer(step, f"attention {attention.kind} ({attention.reason}); operators {describe_operators(device)}; blocks {blocks}")
+    return Trainer(step, f"attention {attention.kind} ({attention.reason}); operators {describe_operators(device)}; blocks {compilation}")
 
 
 def train_peer(way: Way, config: PretrainConfig, beginning: Beginning, device: torch.device, precision: str) -> Trainer:

@@ -25,11 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, commit_at_first, write_result
-from benchmarks._operator_timing import CANNOT_RUN
+from benchmarks._operator_timing import CANNOT_RUN, describe_problem
 from benchmarks._throughput_chart import draw_chart
 from benchmarks._throughput_flops import PLANNED, count_flops, describe_flops
 from benchmarks._throughput_inputs import Source, jpeg_source, noise_batch, noise_source
-from benchmarks._throughput_timing import Lengths, Timing, describe_problem, free_memory, measure_ceiling, time_in_turns
+from benchmarks._throughput_timing import Lengths, Timing, free_memory, measure_ceiling, time_in_turns
 from benchmarks._throughput_ways import WAYS, Trainer, Way, begin, make_trainer
 from personmae.data.loaders import LoaderConfig
 from personmae.recipes import PretrainConfig, pretrain_presets

@@ -89,8 +89,7 @@ def main(config: PretrainConfig) -> int:
             logbook.announce(f"attention: {attention.kind} ({attention.reason}); precision: {precision}")
             use_operators(None if config.operators == "auto" else config.operators)
             compilation = choose_compilation(config.compile, device)
-            compiled = "compiled" if compilation.compiled else "not compiled"
-            logbook.announce(f"operators: {describe_operators(device)}; blocks: {compiled} ({compilation.reason})")
+            logbook.announce(f"operators: {describe_operators(device)}; blocks: {compilation}")
 
             # The model, its teacher and its optimiser.
             model, teacher = build_models(config)

@@ -45,7 +45,7 @@ needs_xformers = pytest.mark.skipif(
 def h200(monkeypatch):
     """As on an H200 with a good cuDNN; nothing that was switched stays."""
     was_on = torch.backends.cuda.cudnn_sdp_enabled()
-    monkeypatch.setattr(attention, "_xformers_problem", lambda: None)
+    monkeypatch.setattr(attention, "xformers_problem", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
@@ -60,7 +60,7 @@ def test_the_choice_says_its_reason(h200, monkeypatch):
     assert choose_attention("auto", CUDA) == AttentionChoice("xformers", "installed and built for CUDA")
     assert choose_attention("xformers", CUDA).kind == "xformers"
     assert choose_attention("sdpa", CUDA) == AttentionChoice("sdpa", "asked for")
-    monkeypatch.setattr(attention, "_xformers_problem", lambda: "xformers is not installed (pip install xformers)")
+    monkeypatch.setattr(attention, "xformers_problem", lambda: "xformers is not installed (pip install xformers)")
     choice = choose_attention("auto", CUDA)
     assert choice.kind == "sdpa"
     assert "pip install" in choice.reason
@@ -154,9 +154,9 @@ def test_xformers_is_left_where_it_has_no_kernel(h200, monkeypatch, capability, 
 @pytest.fixture
 def fresh_problem():
     """The answer about xformers is asked anew, and forgotten."""
-    attention._xformers_problem.cache_clear()
-    yield attention._xformers_problem
-    attention._xformers_problem.cache_clear()
+    attention.xformers_problem.cache_clear()
+    yield attention.xformers_problem
+    attention.xformers_problem.cache_clear()
 
 
 def test_a_missing_xformers_is_named_with_the_cure(monkeypatch, fresh_problem):

@@ -125,17 +125,7 @@ def _adamw_ema(
 
 
 @_adamw_ema.register_fake
-def _(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    first_moments: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    hyper: Tensor,
-    weight_decays: Sequence[float],
-    averages: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    average_copies: Sequence[Tensor],
-) -> None:
+def _(*_: object) -> None:
     return None
 
 

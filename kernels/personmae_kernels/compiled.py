@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 # torch comes first: the binary needs its libraries in the process.
@@ -68,17 +67,7 @@ def complete() -> None:
         return gradient.new_empty((visible.shape[0], num_tokens, gradient.shape[2]))
 
     @torch.library.register_fake("personmae::adamw_ema_")
-    def _(
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        first_moments: Sequence[Tensor],
-        second_moments: Sequence[Tensor],
-        hyper: Tensor,
-        weight_decays: Sequence[float],
-        averages: Sequence[Tensor],
-        copies: Sequence[Tensor],
-        average_copies: Sequence[Tensor],
-    ) -> None:
+    def _(*_: object) -> None:
         return None
 
     # Each is the other's gradient, as often as one likes.

@@ -89,7 +89,7 @@ def choose_attention(kind: AttentionKind, device: torch.device, precision: str =
             raise UserError(problem)
     if kind not in ("auto", "xformers"):
         return AttentionChoice(kind, f"asked for{note}")
-    problem = _xformers_problem() or _xformers_limit(torch.cuda.get_device_capability(device), precision, deterministic)
+    problem = xformers_problem() or _xformers_limit(torch.cuda.get_device_capability(device), precision, deterministic)
     if problem and kind == "xformers":
         raise UserError(problem)
     base = AttentionChoice("sdpa", problem + note) if problem else AttentionChoice("xformers", f"installed and built for CUDA{note}")
@@ -140,7 +140,7 @@ def _xformers_limit(capability: tuple[int, int], precision: str, deterministic: 
 
 
 @functools.cache
-def _xformers_problem() -> str | None:
+def xformers_problem() -> str | None:
     """Why xformers does not serve, with the cure; None where it does. Imports it."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install -c constraints.txt xformers)"

@@ -21,6 +21,9 @@ class CompileChoice(NamedTuple):
     compiled: bool
     reason: str
 
+    def __str__(self) -> str:
+        return f"{'compiled' if self.compiled else 'not compiled'} ({self.reason})"
+
 
 def choose_compilation(kind: CompileKind, device: torch.device) -> CompileChoice:
     """auto: on CUDA, where the time that compiling takes comes back."""
