@@ -22,6 +22,7 @@ from torch import Tensor
 from personmae_kernels import reference
 from personmae_kernels.checks import FLOATS, axis_sizes, check_dtype, check_no_gradient
 from personmae_kernels.launching import form_for, launch
+from personmae_kernels.patch_rows import pixel_addresses
 from personmae_kernels.reference import CellLosses
 from personmae_kernels.unit_gradient import raise_if_scaled, with_gradient
 
@@ -52,11 +53,7 @@ def patch_loss_kernel(  # type: ignore[no-untyped-def]
     in_rows, in_values = rows < T, values < P
     inside = in_rows[:, None] & in_values[None, :]
 
-    # Where the values lie in the image: patch (b, row, column), value (c, y, x).
-    patch = rows % (Hg * Wg)
-    corner = ((rows // (Hg * Wg) * Hg + patch // Wg).to(tl.int64) * (PATCH * Wg) + patch % Wg) * (PATCH * C)
-    c, y, x = values // (PATCH * PATCH), values // PATCH % PATCH, values % PATCH
-    address = corner[:, None] + (y * (Wg * PATCH * C) + x * C + c)[None, :]
+    address = pixel_addresses(rows // (Hg * Wg), rows % (Hg * Wg), values, Hg, Wg, C, PATCH)
     pixels = tl.load(images_ptr + address, mask=inside, other=0).to(tl.float32)
     scale = tl.load(scale_ptr + values, mask=in_values, other=0.0)
     shift = tl.load(shift_ptr + values, mask=in_values, other=0.0)
@@ -65,7 +62,7 @@ def patch_loss_kernel(  # type: ignore[no-untyped-def]
         # The shift drops out, and sums of bytes are exact, as is their division: a flat channel gives zeros.
         target = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for channel in tl.static_range(C):
-            own = inside & (c == channel)[None, :]
+            own = inside & (values // (PATCH * PATCH) == channel)[None, :]
             total = tl.sum(tl.where(own, pixels, 0.0), 1)
             average = tl.div_rn(total, tl.full([ROWS], PATCH * PATCH, tl.float32))
             centred = tl.where(own, (pixels - average[:, None]) * scale[None, :], 0.0)

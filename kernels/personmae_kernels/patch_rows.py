@@ -21,6 +21,14 @@ from personmae_kernels.launching import form_for, launch
 
 
 @triton.jit
+def pixel_addresses(image, patch, values, Hg, Wg, C: tl.constexpr, PATCH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where values [P], numbered in the order (c, y, x), of patch number patch [ROWS] of image [ROWS] lie in images [B, H, W, C]: int64 [ROWS, P]."""
+    corner = ((image * Hg + patch // Wg).to(tl.int64) * (PATCH * Wg) + patch % Wg) * (PATCH * C)
+    c, y, x = values // (PATCH * PATCH), values // PATCH % PATCH, values % PATCH
+    return corner[:, None] + (y * (Wg * PATCH * C) + x * C + c)[None, :]
+
+
+@triton.jit
 def patch_rows_kernel(  # type: ignore[no-untyped-def]
     images_ptr,  # uint8 [B, H, W, C], contiguous
     visible_ptr,  # int32 or int64 [T], or None: all patches in their order
@@ -44,11 +52,7 @@ def patch_rows_kernel(  # type: ignore[no-untyped-def]
     patch = rows % V if visible_ptr is None else tl.load(visible_ptr + rows, mask=in_rows, other=0)
     known = (patch >= 0) & (patch < Hg * Wg)
 
-    # Where the values lie in the image: patch (b, row, column), value (c, y, x).
-    patch = tl.where(known, patch, 0).to(tl.int32)
-    corner = ((rows // V * Hg + patch // Wg).to(tl.int64) * (PATCH * Wg) + patch % Wg) * (PATCH * C)
-    c, y, x = values // (PATCH * PATCH), values // PATCH % PATCH, values % PATCH
-    address = corner[:, None] + (y * (Wg * PATCH * C) + x * C + c)[None, :]
+    address = pixel_addresses(rows // V, tl.where(known, patch, 0).to(tl.int32), values, Hg, Wg, C, PATCH)
     pixels = tl.load(images_ptr + address, mask=(in_rows & known)[:, None] & in_values[None, :], other=0).to(tl.float32)
     scale = tl.load(scale_ptr + values, mask=in_values, other=0.0)
     shift = tl.load(shift_ptr + values, mask=in_values, other=0.0)
