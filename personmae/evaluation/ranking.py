@@ -92,6 +92,54 @@ def distances(query: npt.ArrayLike, gallery: npt.ArrayLike, metric: Metric = "co
     return np.where((query_norm == 0) | (gallery_norm == 0).T, 1.0, cosine)
 
 
+@dataclass(frozen=True)
+class MatchRanks:
+    """Where the matches of each query stand in its ranking: all that CMC, mAP and mINP need, under any rule for ties.
+
+    A match is a gallery image of the query's person that is not left out. Those of query q are the rows
+    offsets[q]:offsets[q + 1] of what has length M, in the order of the ranking: by distance, then by gallery index.
+    Counts are of gallery images that are not left out.
+    """
+
+    offsets: IntArray  # [Q + 1]
+    match: IntArray  # [M] gallery index
+    distance: FloatArray  # [M]
+    closer: IntArray  # [M] images at a smaller distance than the match
+    tied_before: IntArray  # [M] images at exactly its distance, of smaller gallery index
+    tied_after: IntArray  # [M] the same, of larger gallery index
+    num_kept: IntArray  # [Q] gallery images that are not left out
+
+    @property
+    def rank(self) -> IntArray:
+        """[M] the rank of each match, from 1, ties by gallery index."""
+        return self.closer + self.tied_before + 1
+
+    @property
+    def num_matches(self) -> IntArray:
+        """[Q] the matches of each query."""
+        return np.diff(self.offsets)
+
+
+def match_ranks_of_distances(distance: FloatArray, query: Labels, gallery: Labels) -> MatchRanks:
+    """The ranks of all matches from the distances [Q, G], by a stable sort. Raises ValueError if the shapes do not fit or a distance is NaN."""
+    order, match, kept = _ranked(distance, query, gallery)
+    rows, columns = np.nonzero(match & kept)
+    sorted_distance = np.take_along_axis(distance, order, axis=1)
+    before = np.concatenate([np.zeros((len(query), 1), np.int64), np.cumsum(kept, axis=1)], axis=1)
+    found = sorted_distance[rows, columns]
+    first = np.array([np.searchsorted(sorted_distance[row], value, "left") for row, value in zip(rows, found, strict=True)], np.int64)
+    end = np.array([np.searchsorted(sorted_distance[row], value, "right") for row, value in zip(rows, found, strict=True)], np.int64)
+    return MatchRanks(
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(query)))]).astype(np.int64),
+        match=order[rows, columns],
+        distance=found,
+        closer=before[rows, first],
+        tied_before=before[rows, columns] - before[rows, first],
+        tied_after=before[rows, end] - before[rows, columns] - 1,
+        num_kept=kept.sum(axis=1),
+    )
+
+
 def score_distances(distance: FloatArray, query: Labels, gallery: Labels) -> QueryScores:
     """Scores of each query from its distances [Q, G] to the gallery. Raises ValueError if the shapes do not fit."""
     order, match, kept = _ranked(distance, query, gallery)
