@@ -101,7 +101,7 @@ gpu: $(READY)
 	# Each part has its own time, and what fails does not keep the others from their results.
 	failed=0
 	part() { echo "== $$*"; timeout "$$@" || { echo "== failed ($$?): $$*"; failed=1; }; }
-	part 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_optimisers.py tests/ops/test_launching.py
+	part 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
 	part 180 $(PY) benchmarks/throughput.py
 	part 180 $(PY) benchmarks/operators.py
 	part 120 $(PY) -m pytest -q tests/test_fused_convergence.py

@@ -21,14 +21,12 @@ from torch import Tensor
 from benchmarks._throughput_peers import PlainMAE
 from personmae import pretrain
 from personmae.data.loaders import RegionBatch
-from personmae.models.attention import choose_attention, set_attention
-from personmae.models.masked import RegionInputs, longest_sequence
+from personmae.models.masked import RegionInputs
 from personmae.recipes import PretrainConfig
-from personmae.training.blocks import choose_compilation, set_blocks
 from personmae.training.ema import MovingAverage
 from personmae.training.optimisers import build_optimiser, decay_groups, update_weights
 from personmae.training.precision import autocast
-from personmae_kernels.launching import describe_operators, use_operators
+from personmae_kernels.launching import use_operators
 
 Way = Literal["eager", "sdpa", "compile", "ours"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -77,32 +75,25 @@ def make_trainer(way: Way, config: PretrainConfig, beginning: Beginning, device:
 
 def train_ours(way: Way, config: PretrainConfig, beginning: Beginning, device: torch.device, precision: str) -> Trainer:
     """The step of pretrain.py."""
-    use_operators(None if config.operators == "auto" else config.operators)
-    attention = choose_attention(config.attention, device, precision, config.deterministic)
-    compilation = choose_compilation(config.compile, device)
     model, teacher = pretrain.build_models(config)
     model.load_state_dict(beginning.state)
-    for part in (model, teacher):
-        part.to(device)
-        set_attention(part, attention, longest_sequence(config.model))
+    placed = pretrain.place_models(model, teacher, config, device, precision)
     average = MovingAverage(teacher.encoder, model.encoder)
     optimiser = build_optimiser(model, config.optimiser, average)
-
-    def loss_of(inputs: RegionInputs) -> Tensor:
-        with autocast(device, precision):
-            features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
-            return model(inputs, features).total
+    inputs = beginning.inputs
+    with torch.no_grad(), autocast(device, precision):
+        features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
+        loss = model(inputs, features).total.item()
+    check_loss(loss, beginning.loss, precision)
+    # After the check: what is compiled is compiled for a batch size.
+    compiled = pretrain.compile_blocks(model, teacher, config, device)
+    capture, gradients = pretrain.prepare_gradients(model, teacher, config, device, precision, world_size=1)
 
     def step(batch: RegionBatch) -> None:
-        loss_of(pretrain.to_inputs(batch, config, device)).backward()
+        gradients(pretrain.to_inputs(batch, config, device), 1.0)
         update_weights(optimiser, model, average, RATE, MOMENTUM, config.optimiser.clip_norm)
 
-    with torch.no_grad():
-        check_loss(loss_of(beginning.inputs).item(), beginning.loss, precision)
-    # After the check: what is compiled is compiled for a batch size.
-    for part in (model, teacher):
-        set_blocks(part, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
-    return Trainer(step, f"attention {attention.kind} ({attention.reason}); operators {describe_operators(device)}; blocks {compilation}")
+    return Trainer(step, f"{placed}; {compiled}; {capture}")
 
 
 def train_peer(way: Way, config: PretrainConfig, beginning: Beginning, device: torch.device, precision: str) -> Trainer:

@@ -6,6 +6,7 @@ python personmae/pretrain.py vit-nano --data.source CROPS          one process, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from personmae.data.kept_index import keep_index, read_kept_index
 from personmae.data.loaders import RegionBatch, open_loader
 from personmae.data.plan import BatchPlan, Plan
 from personmae.models.attention import choose_attention, set_attention
-from personmae.models.masked import MaskedOutput, PersonMAE, RegionInputs, longest_sequence
+from personmae.models.masked import PersonMAE, RegionInputs, longest_sequence
 from personmae.models.masking import draw_masks
 from personmae.models.teacher import Teacher, build_teacher
 from personmae.models.vit import VisionTransformer
@@ -31,6 +32,7 @@ from personmae.training.blocks import choose_compilation, set_blocks
 from personmae.training.checkpoints import Checkpoint, list_checkpoints, load_newest, restore_module, restore_optimiser, save_checkpoint
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import describe_environment
+from personmae.training.gradients import CaptureChoice, CapturedGradients, Compute, choose_capture, compute_gradients
 from personmae.training.logbook import Logbook, check_run_dir, explained_write
 from personmae.training.optimisers import build_optimiser, peak_learning_rate, update_weights
 from personmae.training.precision import autocast, check_finite, make_deterministic, synchronised
@@ -66,7 +68,7 @@ def main(config: PretrainConfig) -> int:
             plan.batch(0, 0, processes.world_size * config.accumulation)
             saved = load_to_resume(config, digest, print if processes.is_main else silence)
         first = saved.step if saved else 0
-        check_agreement(processes, first)
+        processes.check_same_step(first)
         total = num_steps(config.schedule, plan.steps_per_epoch)
         peak = peak_learning_rate(config.optimiser, config.batch_size)
         pictured = plan.for_samples(0, plan.step_samples(0)[:NUM_PICTURED])
@@ -85,18 +87,11 @@ def main(config: PretrainConfig) -> int:
         with logbook:
             logbook.announce(f"{config.preset}: {total} steps of {config.batch_size} images on {processes.description}")
             precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-            attention = choose_attention(config.attention, device, precision, config.deterministic)
-            logbook.announce(f"attention: {attention.kind} ({attention.reason}); precision: {precision}")
-            use_operators(None if config.operators == "auto" else config.operators)
-            compilation = choose_compilation(config.compile, device)
-            logbook.announce(f"operators: {describe_operators(device)}; blocks: {compilation}")
 
             # The model, its teacher and its optimiser.
             model, teacher = build_models(config)
-            for part in (model, teacher):
-                part.to(device)
-                set_attention(part, attention, longest_sequence(config.model))
-                set_blocks(part, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
+            logbook.announce(f"precision: {precision}; {place_models(model, teacher, config, device, precision)}")
+            logbook.announce(compile_blocks(model, teacher, config, device))
             average = MovingAverage(teacher.encoder, model.encoder) if config.teacher.kind == "ema" else None
             optimiser = build_optimiser(model, config.optimiser, average)
             if saved:
@@ -106,6 +101,8 @@ def main(config: PretrainConfig) -> int:
             trained: nn.Module = model
             if processes.world_size > 1:
                 trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            capture, gradients = prepare_gradients(trained, teacher, config, device, precision, processes.world_size)
+            logbook.announce(f"gradients: {capture}")
 
             loader = open_loader(
                 index,
@@ -140,11 +137,8 @@ def main(config: PretrainConfig) -> int:
                         batch = next(batches)
                         inputs = to_inputs(batch, config, device)
                         with synchronised(trained, micro + 1 == config.accumulation):
-                            with autocast(device, precision):
-                                features = teacher(inputs.region_b) if config.model.losses != "pixels" else None
-                                output: MaskedOutput = trained(inputs, features, ramp, 1.0 / config.accumulation)
-                            output.total.backward()
-                        outputs.append(output._replace(total=output.total.detach()))
+                            output, features = gradients(inputs, ramp)
+                        outputs.append(output)
                     norm = update_weights(optimiser, model, average, rate, momentum, config.optimiser.clip_norm)
                     step += 1
 
@@ -212,6 +206,34 @@ def build_models(config: PretrainConfig) -> tuple[PersonMAE, Teacher]:
         return model, build_teacher(config.teacher, model.encoder)
     teacher = build_teacher(config.teacher, VisionTransformer(config.model.encoder))
     return PersonMAE(config.model, feature_width=teacher.width, seed=config.seed), teacher
+
+
+def place_models(model: PersonMAE, teacher: Teacher, config: PretrainConfig, device: torch.device, precision: str) -> str:
+    """Puts both on the device, with the attention and the operators that serve there; returns what was chosen, and why."""
+    attention = choose_attention(config.attention, device, precision, config.deterministic)
+    use_operators(None if config.operators == "auto" else config.operators)
+    for part in (model, teacher):
+        part.to(device)
+        set_attention(part, attention, longest_sequence(config.model))
+    return f"attention: {attention.kind} ({attention.reason}); operators: {describe_operators(device)}"
+
+
+def compile_blocks(model: PersonMAE, teacher: Teacher, config: PretrainConfig, device: torch.device) -> str:
+    """Has the blocks compiled for the batches that come, where that is chosen; returns the choice in words."""
+    compilation = choose_compilation(config.compile, device)
+    for part in (model, teacher):
+        set_blocks(part, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
+    return f"blocks: {compilation}"
+
+
+def prepare_gradients(
+    trained: nn.Module, teacher: Teacher, config: PretrainConfig, device: torch.device, precision: str, world_size: int
+) -> tuple[CaptureChoice, Compute]:
+    """What computes the gradients of a batch, and how that was chosen. trained: the model, or what exchanges its gradients between processes."""
+    choice = choose_capture(config.cuda_graph, device, config.batch_size, world_size, config.accumulation)
+    targets = None if config.model.losses == "pixels" else teacher
+    compute = functools.partial(compute_gradients, trained, targets, scale=1.0 / config.accumulation, precision=precision)
+    return choice, CapturedGradients(compute, trained.parameters(), required=config.cuda_graph == "yes") if choice.captured else compute
 
 
 def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) -> RegionInputs:
@@ -302,16 +324,6 @@ def open_index(config: PretrainConfig) -> ImageIndex:
     if not goes_on:
         keep_index(config.data.source, index, kept)
     return index
-
-
-def check_agreement(processes: Processes, first: int) -> None:
-    """Raises UserError if the processes would go on from different steps: then they do not see the same run folder."""
-    firsts = processes.all_gather(first)
-    if len(set(firsts)) > 1:
-        raise UserError(
-            f"the processes found checkpoints of different steps ({sorted(set(firsts))}): the run folder must be on a disk "
-            "that all machines share"
-        )
 
 
 def load_to_resume(config: PretrainConfig, digest: str, say: Callable[[str], object]) -> Checkpoint | None:

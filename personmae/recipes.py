@@ -20,6 +20,7 @@ from personmae.models.masking import MaskingConfig
 from personmae.models.teacher import TeacherConfig
 from personmae.models.zoo import ENCODERS
 from personmae.training.blocks import CompileKind
+from personmae.training.gradients import CaptureKind
 from personmae.training.optimisers import OptimiserConfig
 from personmae.training.schedules import ScheduleConfig
 
@@ -64,6 +65,7 @@ class PretrainConfig:
     attention: AttentionKind = "auto"
     operators: Literal["auto", "reference"] = "auto"  # auto: the Triton kernels on CUDA; reference: plain PyTorch
     compile: CompileKind = "auto"  # the blocks by torch.compile; auto: on CUDA
+    cuda_graph: CaptureKind = "auto"  # forward and backward pass launched as one CUDA graph; auto: for small batches of one process
     checkpoint_activations: bool = False  # less memory for more time: activations are dropped, and computed again in the backward pass
     deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
@@ -87,6 +89,7 @@ FREE_SETTINGS = (
     "attention",
     "operators",
     "compile",
+    "cuda_graph",
     "checkpoint_activations",
     "teacher.fused_gelu",
     "optimiser.kind",

@@ -31,6 +31,13 @@ from personmae.training.processes import StopSignal, start_processes
 folder = Path(sys.argv[1])
 
 
+def steps_found(processes, first):
+    try:
+        return processes.check_same_step(first)
+    except UserError as error:
+        return str(error)
+
+
 def collectives(processes):
     rank = processes.rank
     values = {"a": torch.tensor(1.5 + rank), "b": torch.tensor([[1, 2], [3, 4 + rank]]), "c": torch.tensor(2.0**-40 * (rank + 1))}
@@ -41,6 +48,7 @@ def collectives(processes):
         "sum": {name: value.tolist() for name, value in processes.sum_across(values).items()},
         "from_main": processes.from_main(lambda: f"made by {processes.rank}"),
         "nothing": processes.sum_across({}),
+        "steps": [steps_found(processes, 7), steps_found(processes, 500 * rank)],
         "main": processes.is_main,
         "description": processes.description,
         "threads": torch.get_num_threads(),
@@ -154,6 +162,8 @@ def test_small_values_go_round(seen: dict[str, list[Any]]) -> None:
         assert result["sum"] == {"a": 4.0, "b": [[2, 4], [6, 9]], "c": 3 * 2.0**-40}
         assert result["from_main"] == "made by 0"
         assert result["nothing"] == {}
+        assert result["steps"][0] is None
+        assert result["steps"][1].startswith("the processes found checkpoints of different steps ([0, 500])")
         assert result["threads"] == threads_per_process(2, "1")
         assert result["description"] == f"2 processes over gloo, each on its own cpu (CPU with {result['threads']} threads)"
     assert (first["main"], second["main"]) == (True, False)

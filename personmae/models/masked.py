@@ -104,11 +104,11 @@ class PersonMAE(nn.Module):
         context = encoded.normed if encoded.first is None else encoded.first
         return self.pixel_decoder(context, inputs.visible, inputs.boxes, inputs.flips)
 
-    def forward(self, inputs: RegionInputs, features: Tensor | None, feature_ramp: float = 1.0, scale: float = 1.0) -> MaskedOutput:
+    def forward(self, inputs: RegionInputs, features: Tensor | None, feature_ramp: float | Tensor = 1.0, scale: float = 1.0) -> MaskedOutput:
         """Losses of one batch.
 
         features: [B, L, E], the teacher's tokens of the target region, or None where the features are not predicted. feature_ramp: factor of
-        the feature loss, 0 to 1. scale: factor of the whole loss, such as 1 / number of accumulation steps.
+        the feature loss, 0 to 1, a number or [] on the device. scale: factor of the whole loss, such as 1 / number of accumulation steps.
         """
         config, grid = self.config, self.config.encoder.grid
         origins = cell_origins(inputs.boxes, inputs.flips, inputs.mask, grid)

@@ -79,6 +79,14 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def check_same_step(self, first: int) -> None:
+        """Raises UserError if the processes would go on from different steps: then they do not see the same run folder."""
+        firsts = sorted(set(self.all_gather(first)))
+        if len(firsts) > 1:
+            raise UserError(
+                f"the processes found checkpoints of different steps ({firsts}): the run folder must be on a disk that all machines share"
+            )
+
     def main_first(self) -> MainFirst:
         """`with processes.main_first():` the main process runs the body, then the others do (to read what it has made).
 
