@@ -51,6 +51,22 @@ def test_on_a_gpu_one_failing_part_keeps_no_other_from_its_results(tmp_path, bro
     assert (result.returncode == 0) is (broken == "nothing")
 
 
+@needs_make
+def test_without_a_gpu_only_a_dry_run_goes_on_and_it_keeps_the_results(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = write_program(tmp_path / "python", 'echo "ran $*"', '[[ "$1" != -c ]]')
+    command = ["make", "gpu", f"PY={python}"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert refused.returncode != 0
+    assert "no CUDA device" in refused.stderr
+    assert "DRY_RUN=1" in refused.stderr
+    assert "throughput.py" not in refused.stdout
+    dry = subprocess.run([*command, "DRY_RUN=1"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert dry.returncode == 0, dry.stderr
+    assert "throughput.py --output build/dry-run/" in dry.stdout
+    assert "benchmarks/results" not in dry.stdout
+
+
 @pytest.mark.parametrize(
     ("base", "has_venv", "has_headers", "there", "installed"),
     [

@@ -68,7 +68,7 @@ def check(inputs, gradients, floor=None):
 
 
 @pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize(("stream", "branch"), itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2))
+@pytest.mark.parametrize(("stream", "branch"), list(itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)))
 def test_it_is_the_definition(form, stream, branch, scales):
     check(*example(stream=stream, branch=branch, scales=scales))
 
