@@ -92,7 +92,8 @@ Capture = Callable[[Callable[[], BatchResult]], tuple[Callable[[], None], BatchR
 def capture_cuda_graph(function: Callable[[], BatchResult]) -> tuple[Callable[[], None], BatchResult]:
     """See `Capture`. Raises RuntimeError where the function makes the host wait, or allocates in a way that a graph cannot hold."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Loader threads may ask the driver for memory meanwhile: that is no business of the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 
