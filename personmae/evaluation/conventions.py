@@ -1,0 +1,137 @@
+"""Conventions: what the known evaluators do differently from the same distances, as values under the evaluators' names.
+
+All of them rank the gallery by distance, leave out the images of the query's own person from the query's own camera, drop junk (person -1)
+and keep distractors (person 0). What differs is in the fields of `Convention`. Ours is "standard".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from personmae.configs import UserError
+from personmae.evaluation.ranking import Metric
+
+AveragePrecision = Literal["precision at hits", "trapezoid", "ties pooled"]
+Ties = Literal["by index", "reversed"]
+Unmatched = Literal["left out", "zero"]
+Flip = Literal["mean", "sum of unit length"]
+RocPositive = Literal["same person", "different person"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reranking:
+    """k-reciprocal re-ranking; `reranking.py` has the two definitions. The defaults are those of Zhong et al., CVPR 2017."""
+
+    definition: Literal["classic", "fast-reid"] = "classic"
+    k1: int = 20
+    k2: int = 6
+    weight: float = 0.3  # of the original distance, in [0, 1]
+
+    def __post_init__(self) -> None:
+        if self.definition not in ("classic", "fast-reid"):
+            raise ValueError(f"re-ranking is {self.definition!r}; allowed: classic, fast-reid")
+        if self.k1 < 1 or self.k2 < 1 or not 0 <= self.weight <= 1:
+            raise ValueError(f"re-ranking wants k1 and k2 of at least 1 and a weight from 0 to 1, not {self.k1}, {self.k2} and {self.weight}")
+
+    def __str__(self) -> str:
+        return f"re-ranked ({self.definition}, k1 {self.k1}, k2 {self.k2}, weight {self.weight:g})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """How scores follow from distances.
+
+    average_precision: of n matches at ranks r_1 < r_2 < ...
+        "precision at hits": the mean of i / r_i;
+        "trapezoid": the mean of i / r_i and of the precision one rank earlier, (i - 1) / (r_i - 1), which counts as 1 at rank 1: the area under the
+            precision-recall curve by trapezoids, as the Oxford Buildings and the official Market-1501 scripts have it; never above the former;
+        "ties pooled": images at the same distance are found together, as scikit-learn's average_precision_score (0.19 and later) does it: each
+            match has the precision at the end of its group.
+    ties: of gallery images at the same distance the one of smaller index comes first, or the one of larger index.
+    unmatched: a query without a match is left out of all means, or counts as zero in them.
+    metric: the evaluator's default. Squared and plain Euclidean distance rank alike, and so does Euclidean distance of features at unit length
+        and cosine distance: both are "cosine" here.
+    feature: which feature that evaluator takes by default, in words; the caller hands it over.
+    flip: how the features of an image and its mirror image are made one (see `expansion.combine_flipped`).
+    single_gallery_shot: the CMC curve of one gallery image a person (see `single_shot`); mAP and mINP stay those of all images.
+    num_shot_repeats: random draws of those images for each query as torchreid takes them, or 0 for the exact expectation.
+    roc_positive: which pairs the "true positives" of an ROC curve are (see `verification`).
+    reranking: the parameters of that code base, where re-ranking is asked for.
+    """
+
+    name: str
+    average_precision: AveragePrecision = "precision at hits"
+    ties: Ties = "by index"
+    unmatched: Unmatched = "left out"
+    metric: Metric = "cosine"
+    feature: str = "as given"
+    flip: Flip = "mean"
+    single_gallery_shot: bool = False
+    num_shot_repeats: int = 0
+    roc_positive: RocPositive = "same person"
+    reranking: Reranking = Reranking()
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "average_precision": ("precision at hits", "trapezoid", "ties pooled"),
+            "ties": ("by index", "reversed"),
+            "unmatched": ("left out", "zero"),
+            "metric": ("cosine", "euclidean"),
+            "flip": ("mean", "sum of unit length"),
+            "roc_positive": ("same person", "different person"),
+        }
+        for field, values in allowed.items():
+            if getattr(self, field) not in values:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(values)}")
+        if self.num_shot_repeats < 0:
+            raise ValueError(f"num_shot_repeats is {self.num_shot_repeats}; 0 (exact) or more is wanted")
+
+
+# Where evaluators sort with numpy's default (unstable) argsort, the order of images at the same distance is a matter of numpy's version and of the
+# processor: no rule reproduces it. There the presets take the smaller index first, which is one of the orders such an evaluator may give.
+_PRESETS = (
+    # Ties by index in all scores. Single-gallery-shot curves are exact expectations.
+    Convention(name="standard"),
+    # TransReID, TransReID-SSL, SOLIDER, CLIP-ReID (utils/metrics.py). Distances are squared Euclidean of features at unit length, in float32. Ties:
+    # unstable argsort, so unspecified there; by index here. Fails where the gallery left over is smaller than 50; ours has a constant curve there.
+    Convention(
+        name="transreid",
+        feature="before BNNeck (all published configurations; the code's default is after)",
+        reranking=Reranking(k1=50, k2=15),
+    ),
+    # fast-reid (fastreid/evaluation). The compiled form rounds distances to float32, which makes ties; ties and small galleries as above (the
+    # compiled form reads past its buffer there). "TPR@FPR" has the roles of same and different person exchanged. Its flip test normalises the mirror
+    # image twice; that is not reproduced.
+    Convention(name="fast-reid", feature="after BNNeck", roc_positive="different person", reranking=Reranking(definition="fast-reid")),
+    # torchreid (torchreid/metrics/rank.py). Features are not normalised. Ties and small galleries as above.
+    Convention(name="torchreid", metric="euclidean", feature="the model's output in evaluation mode", num_shot_repeats=10),
+    # Cluster Contrast, SpCL, open-reid (evaluation_metrics/ranking.py). mAP pools ties, exactly as scikit-learn; CMC sorts unstably, so its ties are
+    # unspecified there and by index here. The model gives features at unit length.
+    Convention(name="cluster-contrast", average_precision="ties pooled", feature="after BNNeck, at unit length"),
+    # The Matlab scripts of Market-1501 and of Zhong et al. (compute_AP.m). Matlab's sort is stable: exact on ties too.
+    Convention(name="market-matlab", average_precision="trapezoid", unmatched="zero", feature="at unit length"),
+    # layumi's Person_reID_baseline_pytorch (evaluate_gpu.py): the same scores, but similarities are sorted upwards, unstably, and turned round. Here
+    # ties are those of a stable sort turned round: the larger index first.
+    Convention(
+        name="layumi",
+        average_precision="trapezoid",
+        ties="reversed",
+        unmatched="zero",
+        feature="512 dimensions after the bottleneck's batch normalisation, at unit length",
+        flip="sum of unit length",
+    ),
+)
+
+CONVENTIONS: Mapping[str, Convention] = MappingProxyType({convention.name: convention for convention in _PRESETS})
+
+
+def convention_of(convention: Convention | str) -> Convention:
+    """The convention of that name; a convention stays itself. Raises UserError for a name that is none."""
+    if isinstance(convention, Convention):
+        return convention
+    if convention not in CONVENTIONS:
+        raise UserError(f"there is no convention {convention!r}; known: {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[convention]
