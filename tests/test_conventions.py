@@ -200,5 +200,9 @@ def test_bad_conventions():
         Reranking(definition="new")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight from 0 to 1"):
         Reranking(weight=2)
+    with pytest.raises(ValueError, match="1 <= k2 <= k1"):
+        Reranking(k1=3, k2=4)
+    with pytest.raises(ValueError, match="resquare"):
+        Reranking(definition="fast-reid", resquare=True)
     assert all(name == convention.name for name, convention in CONVENTIONS.items())
     assert convention_of(CONVENTIONS["layumi"]) is CONVENTIONS["layumi"]

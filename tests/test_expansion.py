@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from personmae.evaluation import expansion as module
 from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand, unit_length
@@ -32,30 +33,30 @@ def test_expansion_equals_the_rule(k, alpha, num_times, dtype, monkeypatch):
     expected = plain_expansion(query, gallery, k, alpha, num_times)
     for at_once in (1, 100, 10**6):
         monkeypatch.setattr(module, "_PAIRS_AT_ONCE", at_once)
-        found = expand(query, gallery, QueryExpansion(k=k, alpha=alpha, num_times=num_times))
+        found = expand(torch.from_numpy(query), torch.from_numpy(gallery), QueryExpansion(k=k, alpha=alpha, num_times=num_times))
         for part, wanted in zip(found, expected, strict=True):
-            assert part.dtype == dtype
-            np.testing.assert_allclose(part, wanted, rtol=2e-5, atol=1e-6)
+            assert part.numpy().dtype == dtype
+            np.testing.assert_allclose(part.numpy(), wanted, rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(query, kept[0])
     np.testing.assert_array_equal(gallery, kept[1])
 
 
 def test_negative_similarities_and_zero_rows_give_numbers():
-    query, gallery = np.array([[1.0, 0], [0, 0]]), np.array([[-1.0, 0], [0, 1]])
+    query, gallery = torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[-1.0, 0], [0, 1]])
     for alpha in (3, 2.5):
-        found = np.concatenate(expand(query, gallery, QueryExpansion(k=4, alpha=alpha)))
-        assert np.isfinite(found).all()
+        found = torch.cat(expand(query, gallery, QueryExpansion(k=4, alpha=alpha)))
+        assert found.isfinite().all()
     # Of the first image: itself with weight 1, its opposite with weight (-1)^3 or 0.
     assert expand(query, gallery, QueryExpansion(k=4, alpha=3))[0][0].tolist() == pytest.approx([0.5, 0])
     assert expand(query, gallery, QueryExpansion(k=4, alpha=2.5))[0][0].tolist() == pytest.approx([0.25, 0])
 
 
 def test_mirror_images():
-    features, flipped = np.array([[3.0, 0], [0, 0]]), np.array([[0.0, 4], [0, 0]])
+    features, flipped = torch.tensor([[3.0, 0], [0, 0]]), torch.tensor([[0.0, 4], [0, 0]])
     assert combine_flipped(features, flipped).tolist() == [[1.5, 2], [0, 0]]
-    assert combine_flipped(features, flipped, "sum of unit length").tolist() == [[0.6, 0.8], [0, 0]]
+    np.testing.assert_allclose(combine_flipped(features, flipped, "unit-sum"), [[0.6, 0.8], [0, 0]], rtol=1e-6)
     assert features.tolist() == [[3, 0], [0, 0]]
-    assert unit_length(np.array([[3.0, 4]])).tolist() == [[0.6, 0.8]]
+    np.testing.assert_allclose(unit_length(torch.tensor([[3.0, 4], [0, 0]])), [[0.6, 0.8], [0, 0]], rtol=1e-6)
     with pytest.raises(ValueError, match=r"shape \(2, 2\), those of the mirror images \(1, 2\)"):
         combine_flipped(features, flipped[:1])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from personmae.configs import UserError
-from personmae.evaluation.inputs import count_zero_rows, feature_array, id_array, labels_from
+from personmae.evaluation.inputs import count_zero_rows, feature_tensor, id_array, labels_from
 from personmae.evaluation.protocol import evaluate_features
 
 
@@ -29,10 +29,10 @@ def test_features_of_any_kind_are_taken():
     kinds = eye.tolist(), eye.astype(np.float16), eye.astype(np.int64), torch.from_numpy(eye).requires_grad_(), torch.eye(2, 4, dtype=torch.bfloat16)
     for features in kinds:
         assert call(query_features=features).mAP == expected
-    assert feature_array("query", torch.eye(2, dtype=torch.bfloat16)).dtype == np.float32
-    assert feature_array("query", np.eye(2)).dtype == np.float64
-    assert feature_array("query", np.eye(2, dtype=np.int64)).dtype == np.float64
-    assert feature_array("query", np.eye(4)[:, ::2]).flags.c_contiguous
+    assert feature_tensor("query", torch.eye(2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert feature_tensor("query", np.eye(2)).dtype == torch.float64
+    assert feature_tensor("query", np.eye(2, dtype=np.int64)).dtype == torch.float64
+    assert feature_tensor("query", np.eye(4)[:, ::2]).is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,20 @@ def test_bad_features(features, message):
         call(query_features=features)
 
 
-@pytest.mark.parametrize("features", [np.ones((2, 2), complex), [["a", "b"]], np.ones((2, 2), bool), None])
+@pytest.mark.parametrize("features", [np.ones((2, 2), complex), [["a", "b"]], np.ones((2, 2), bool), None, torch.ones(2, 2, dtype=torch.bool)])
 def test_features_of_no_number(features):
     with pytest.raises(TypeError, match="real numbers are wanted"):
-        feature_array("query", features)
+        feature_tensor("query", features)
+
+
+def test_large_features_are_finite_though_their_sum_is_not():
+    assert feature_tensor("query", np.full((1, 2), 3e38, np.float32)).tolist() == [[np.float32(3e38)] * 2]
+
+
+def test_nothing_is_copied_or_changed():
+    features = np.eye(3, dtype=np.float32)
+    features.flags.writeable = False
+    assert feature_tensor("query", features).data_ptr() == features.ctypes.data
 
 
 def test_ids_of_any_kind_are_taken():
@@ -137,7 +147,7 @@ def test_a_gallery_of_one_and_one_of_one_camera():
 def test_rows_of_zeros_are_counted_and_said():
     scores = call(gallery_features=np.vstack([np.eye(2, 4), np.zeros(4)]))
     assert "features of length zero: 0 of the queries, 1 of the gallery" in str(scores)
-    assert count_zero_rows(np.zeros((3, 2))) == 3
+    assert count_zero_rows(torch.zeros(3, 2)) == 3
     assert "length zero" not in str(call())
 
 

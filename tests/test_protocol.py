@@ -252,7 +252,7 @@ def test_reranking_is_fed_and_ranked_tile_by_tile(monkeypatch: pytest.MonkeyPatc
     given: dict[str, Any] = {}
 
     def stand_in(query_features: np.ndarray, gallery_features: np.ndarray, **options: object) -> Iterator[tuple[slice, np.ndarray]]:
-        given.update(options, norms=np.linalg.norm(query_features, axis=1))
+        given.update(options, features=query_features)
         for start in range(0, len(query_features), 5):
             rows = slice(start, min(start + 5, len(query_features)))
             yield rows, -distances(query_features[rows], gallery_features).astype(np.float32)
@@ -263,7 +263,8 @@ def test_reranking_is_fed_and_ranked_tile_by_tile(monkeypatch: pytest.MonkeyPatc
     call = (query_features, gallery_features, query.people, gallery.people, query.cameras, gallery.cameras)
     found = evaluate_features(*call, rerank=True, convention="transreid")
     assert {key: given[key] for key in ("definition", "k1", "k2", "weight")} == {"definition": "classic", "k1": 50, "k2": 15, "weight": 0.3}
-    np.testing.assert_allclose(given["norms"], 1)
+    assert (given["metric"], given["resquare"]) == ("cosine", False)
+    np.testing.assert_array_equal(given["features"], query_features)
     expected = score_tiles(
         [(slice(0, 23), -distances(query_features, gallery_features).astype(np.float32))],
         query,
@@ -275,7 +276,9 @@ def test_reranking_is_fed_and_ranked_tile_by_tile(monkeypatch: pytest.MonkeyPatc
     assert "re-ranked (classic, k1 50, k2 15, weight 0.3)" in str(found)
     evaluate_features(*call, rerank=Reranking(definition="fast-reid", k1=7), metric="euclidean")
     assert (given["definition"], given["k1"]) == ("fast-reid", 7)
-    np.testing.assert_allclose(given["norms"], np.linalg.norm(query_features, axis=1))
+    assert "squared again" in str(evaluate_features(*call, rerank=True, convention="torchreid"))
+    evaluate_features(*call, rerank=Reranking(), metric="euclidean")
+    assert given["metric"] == "sqeuclidean"
 
 
 def test_what_was_left_out_and_what_was_tied_is_counted() -> None:

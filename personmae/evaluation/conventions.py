@@ -17,27 +17,34 @@ from personmae.evaluation.ranking import Metric
 AveragePrecision = Literal["precision at hits", "trapezoid", "ties pooled"]
 Ties = Literal["by index", "reversed"]
 Unmatched = Literal["left out", "zero"]
-Flip = Literal["mean", "sum of unit length"]
+Flip = Literal["mean", "unit-sum"]
 RocPositive = Literal["same person", "different person"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reranking:
-    """k-reciprocal re-ranking; `reranking.py` has the two definitions. The defaults are those of Zhong et al., CVPR 2017."""
+    """k-reciprocal re-ranking; `reranking.py` has the two definitions. The defaults are those of Zhong et al., CVPR 2017.
+
+    resquare: whether the classic definition squares once more what is a squared distance already, as some code bases do.
+    """
 
     definition: Literal["classic", "fast-reid"] = "classic"
     k1: int = 20
     k2: int = 6
     weight: float = 0.3  # of the original distance, in [0, 1]
+    resquare: bool = False
 
     def __post_init__(self) -> None:
         if self.definition not in ("classic", "fast-reid"):
             raise ValueError(f"re-ranking is {self.definition!r}; allowed: classic, fast-reid")
-        if self.k1 < 1 or self.k2 < 1 or not 0 <= self.weight <= 1:
-            raise ValueError(f"re-ranking wants k1 and k2 of at least 1 and a weight from 0 to 1, not {self.k1}, {self.k2} and {self.weight}")
+        if not 1 <= self.k2 <= self.k1 or not 0 <= self.weight <= 1:
+            raise ValueError(f"re-ranking wants 1 <= k2 <= k1 and a weight from 0 to 1, not k1 {self.k1}, k2 {self.k2} and weight {self.weight}")
+        if self.resquare and self.definition != "classic":
+            raise ValueError("resquare belongs to the classic definition")
 
     def __str__(self) -> str:
-        return f"re-ranked ({self.definition}, k1 {self.k1}, k2 {self.k2}, weight {self.weight:g})"
+        squared = ", squared again" if self.resquare else ""
+        return f"re-ranked ({self.definition}, k1 {self.k1}, k2 {self.k2}, weight {self.weight:g}{squared})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +87,7 @@ class Convention:
             "ties": ("by index", "reversed"),
             "unmatched": ("left out", "zero"),
             "metric": ("cosine", "euclidean"),
-            "flip": ("mean", "sum of unit length"),
+            "flip": ("mean", "unit-sum"),
             "roc_positive": ("same person", "different person"),
         }
         for field, values in allowed.items():
@@ -107,10 +114,21 @@ _PRESETS = (
     # image twice; that is not reproduced.
     Convention(name="fast-reid", feature="after BNNeck", roc_positive="different person", reranking=Reranking(definition="fast-reid")),
     # torchreid (torchreid/metrics/rank.py). Features are not normalised. Ties and small galleries as above.
-    Convention(name="torchreid", metric="euclidean", feature="the model's output in evaluation mode", num_shot_repeats=10),
+    Convention(
+        name="torchreid",
+        metric="euclidean",
+        feature="the model's output in evaluation mode",
+        num_shot_repeats=10,
+        reranking=Reranking(resquare=True),
+    ),
     # Cluster Contrast, SpCL, open-reid (evaluation_metrics/ranking.py). mAP pools ties, exactly as scikit-learn; CMC sorts unstably, so its ties are
     # unspecified there and by index here. The model gives features at unit length.
-    Convention(name="cluster-contrast", average_precision="ties pooled", feature="after BNNeck, at unit length"),
+    Convention(
+        name="cluster-contrast",
+        average_precision="ties pooled",
+        feature="after BNNeck, at unit length",
+        reranking=Reranking(resquare=True),
+    ),
     # The Matlab scripts of Market-1501 and of Zhong et al. (compute_AP.m). Matlab's sort is stable: exact on ties too.
     Convention(name="market-matlab", average_precision="trapezoid", unmatched="zero", feature="at unit length"),
     # layumi's Person_reID_baseline_pytorch (evaluate_gpu.py): the same scores, but similarities are sorted upwards, unstably, and turned round. Here
@@ -121,7 +139,8 @@ _PRESETS = (
         ties="reversed",
         unmatched="zero",
         feature="512 dimensions after the bottleneck's batch normalisation, at unit length",
-        flip="sum of unit length",
+        flip="unit-sum",
+        reranking=Reranking(resquare=True),
     ),
 )
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from personmae.evaluation.conventions import Flip
-
-Features = npt.NDArray[np.floating]
 
 # Similarities held at once: 128 MiB.
 _PAIRS_AT_ONCE = 32_000_000
@@ -37,47 +34,45 @@ class QueryExpansion:
         return f"query expansion (k {self.k}, alpha {self.alpha:g}{passes})"
 
 
-def expand(query: Features, gallery: Features, expansion: QueryExpansion) -> tuple[Features, Features]:
-    """Each feature [Q, D], [G, D] replaced by a weighted mean of its k nearest among all queries and gallery images; dtypes stay.
+def expand(query: Tensor, gallery: Tensor, expansion: QueryExpansion) -> tuple[Tensor, Tensor]:
+    """Each feature [Q, D], [G, D] replaced by a weighted mean of its k nearest among all queries and gallery images; dtype and device stay.
 
     Neighbours and weights are by cosine similarity, in float32; the mean is of the features as they are, which are not normalised before nor after. A
     similarity below zero keeps its sign under a whole alpha, as in numpy, and counts as zero under another, where fast-reid gets NaN. If there are
     fewer than k images, all are taken.
     """
-    features = np.concatenate([query, gallery])
+    features = torch.cat([query, gallery])
     for _ in range(expansion.num_times):
-        expanded = np.empty_like(features)
+        expanded = torch.empty_like(features)
         for rows, similarity, neighbour in _neighbours(features, min(expansion.k, len(features))):
-            weight = (similarity if float(expansion.alpha).is_integer() else np.maximum(similarity, 0)) ** expansion.alpha
-            expanded[rows] = np.einsum("nk,nkd->nd", weight, features[neighbour]) / neighbour.shape[1]
+            weight = (similarity if float(expansion.alpha).is_integer() else similarity.clamp(min=0)) ** expansion.alpha
+            expanded[rows] = torch.einsum("nk,nkd->nd", weight.to(features.dtype), features[neighbour]) / neighbour.shape[1]
         features = expanded
     return features[: len(query)], features[len(query) :]
 
 
-def combine_flipped(features: Features, flipped: Features, flip: Flip = "mean") -> Features:
+def combine_flipped(features: Tensor, flipped: Tensor, flip: Flip = "mean") -> Tensor:
     """One feature [N, D] from those of images and of their mirror images; neither is changed.
 
-    "mean": the mean of both. "sum of unit length": their sum at unit length, as layumi's code base has it. They rank alike by cosine distance.
-    Raises ValueError if the shapes differ.
+    "mean": the mean of both. "unit-sum": their sum at unit length, as layumi's code base has it. They rank alike by cosine distance. Raises
+    ValueError if the shapes differ.
     """
     if features.shape != flipped.shape:
-        raise ValueError(f"features have shape {features.shape}, those of the mirror images {flipped.shape}")
-    if flip == "mean":
-        return (features + flipped) / 2
-    return unit_length(features + flipped)
+        raise ValueError(f"features have shape {tuple(features.shape)}, those of the mirror images {tuple(flipped.shape)}")
+    return (features + flipped) / 2 if flip == "mean" else unit_length(features + flipped)
 
 
-def unit_length(features: Features) -> Features:
+def unit_length(features: Tensor) -> Tensor:
     """Rows [N, D] at length 1; rows of zeros stay zero."""
-    norm = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.where(norm == 0, 1, norm)
+    norm = features.norm(dim=1, keepdim=True)
+    return features / torch.where(norm == 0, 1, norm)
 
 
-def _neighbours(features: Features, k: int) -> Iterator[tuple[slice, npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
-    """(rows, cosine similarities [rows, k], indices [rows, k]) of the k most similar, without all pairs at once."""
-    unit = torch.from_numpy(unit_length(features).astype(np.float32))
+def _neighbours(features: Tensor, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, cosine similarities float32 [rows, k], indices [rows, k]) of the k most similar, without all pairs at once."""
+    unit = unit_length(features).float()
     at_once = max(1, _PAIRS_AT_ONCE // len(features))
     for start in range(0, len(features), at_once):
         rows = slice(start, min(start + at_once, len(features)))
         similarity, index = torch.topk(unit[rows] @ unit.T, k, dim=1)
-        yield rows, similarity.numpy(), index.numpy()
+        yield rows, similarity, index

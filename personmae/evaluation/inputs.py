@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from personmae.evaluation.ranking import IntArray, Labels
 
-Features = npt.NDArray[np.floating]
 Junk = Literal["refuse", "drop"]
 
 JUNK_PERSON = -1
@@ -19,34 +20,40 @@ JUNK_PERSON = -1
 QUERY_CAMERA, GALLERY_CAMERA = 0, 1
 
 
-def feature_array(part: str, features: Any) -> Features:
-    """Features as float32 or float64 [N, D] in memory, from numpy, torch on any device, or lists.
+def feature_tensor(part: str, features: Any) -> Tensor:
+    """Features as a float32 or float64 tensor [N, D], from numpy, lists, or torch, which stays on its device. Nothing is copied that need not be.
 
-    float64 stays; smaller floating-point types and integers become float32 where that is exact, else float64. part: "query" or "gallery", for
-    messages. Raises ValueError or TypeError for another shape, no image, no dimension, values that are no real numbers or not finite (the rows are
-    named).
+    Smaller types become float32 where that is exact, else float64. part: "query" or "gallery", for messages. Raises ValueError or TypeError for
+    another shape, no image, no dimension, values that are no real numbers or not finite (the rows are named).
     """
-    if isinstance(features, torch.Tensor):
-        features = features.detach()
-        features = (features.float() if features.dtype in (torch.bfloat16, torch.float16) else features).cpu().numpy()
-    try:
-        array = np.asarray(features)
-    except ValueError as error:
-        raise ValueError(f"{part} features are no array: {error}") from error
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{part} features have dtype {array.dtype}; real numbers are wanted")
-    if array.ndim != 2:
-        raise ValueError(f"{part} features have shape {array.shape}; [N, D] is wanted: one row for each image")
-    if len(array) == 0:
+    if not isinstance(features, Tensor):
+        try:
+            array = np.asarray(features)
+        except ValueError as error:
+            raise ValueError(f"{part} features are no array: {error}") from error
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{part} features have dtype {array.dtype}; real numbers are wanted")
+        array = np.ascontiguousarray(array, np.float32 if np.can_cast(array.dtype, np.float32) else np.float64)
+        with warnings.catch_warnings():
+            # An array that must not be written to is fine here: nothing writes.
+            warnings.simplefilter("ignore", UserWarning)
+            features = torch.from_numpy(array)
+    if features.is_complex() or features.dtype == torch.bool:
+        raise TypeError(f"{part} features have dtype {features.dtype}; real numbers are wanted")
+    small = features.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8)
+    tensor = features.detach().to(torch.float32 if small else torch.float64).contiguous()
+    if tensor.ndim != 2:
+        raise ValueError(f"{part} features have shape {tuple(tensor.shape)}; [N, D] is wanted: one row for each image")
+    if len(tensor) == 0:
         raise ValueError(f"the {part} is empty: features of at least one image are wanted")
-    if array.shape[1] == 0:
-        raise ValueError(f"{part} features have no dimension: shape {array.shape}")
-    exact = np.can_cast(array.dtype, np.float32)
-    array = np.ascontiguousarray(array, np.float32 if exact else np.float64)
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        raise ValueError(f"{part} features hold NaN or infinity in {len(bad)} of {len(array)} rows: {_listed(bad)}")
-    return array
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{part} features have no dimension: shape {tuple(tensor.shape)}")
+    # The sum is finite only if all values are; only where it is not, which may be by overflow, are they looked at.
+    if not torch.isfinite(tensor.sum(dim=1)).all():
+        bad = (~torch.isfinite(tensor).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(f"{part} features hold NaN or infinity in {len(bad)} of {len(tensor)} rows: {_listed(bad)}")
+    return tensor
 
 
 def id_array(what: str, ids: Any, num_images: int) -> IntArray:
@@ -55,7 +62,7 @@ def id_array(what: str, ids: Any, num_images: int) -> IntArray:
     Whole numbers held as floating point are taken where none can have been rounded. what: "query people", for messages. Raises ValueError or
     TypeError for another length, strings, truth values, fractions, NaN and numbers beyond 63 bits.
     """
-    if isinstance(ids, torch.Tensor):
+    if isinstance(ids, Tensor):
         ids = ids.detach().cpu().numpy()
     array = np.asarray(ids)
     if array.ndim == 2 and 1 in array.shape:
@@ -111,10 +118,10 @@ def labels_from(
     return Labels(people[0], cameras[0]), Labels(people[1][kept], cameras[1][kept]), kept
 
 
-def count_zero_rows(features: Features) -> int:
+def count_zero_rows(features: Tensor) -> int:
     """How many features have length zero: without a direction, at cosine distance 1 from everything."""
-    return int((~features.any(axis=1)).sum())
+    return int((~features.any(dim=1)).sum())
 
 
-def _listed(rows: Sequence[int] | IntArray, at_most: int = 5) -> str:
+def _listed(rows: Sequence[int], at_most: int = 5) -> str:
     return ", ".join(str(row) for row in rows[:at_most]) + (", ..." if len(rows) > at_most else "")

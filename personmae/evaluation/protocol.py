@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from personmae.data.records import PersonImage
 from personmae.data.reid import ReidSet
 from personmae.evaluation.confidence import Bootstrap
 from personmae.evaluation.conventions import CONVENTIONS, Convention, Reranking, convention_of
-from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand, unit_length
+from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand
 from personmae.evaluation.features import Describe, FeatureArray, extract_features
-from personmae.evaluation.inputs import GALLERY_CAMERA, QUERY_CAMERA, Features, Junk, count_zero_rows, feature_array, labels_from
+from personmae.evaluation.inputs import GALLERY_CAMERA, QUERY_CAMERA, Junk, count_zero_rows, feature_tensor, labels_from
 from personmae.evaluation.ranking import FloatArray, Labels, MatchRanks, Metric, distances, labels_of, match_ranks_of_distances
 from personmae.evaluation.scores import MAX_RANK, Scores, score_ranks
 from personmae.evaluation.single_shot import sampled_shot_curves, single_shot_curves
-from personmae.evaluation.verification import PairCounts, Roc
+from personmae.evaluation.verification import PairCounts
 from personmae.evaluation.whitening import fit_whitening
 
 # Distances of a tile of queries, of 8 bytes each.
@@ -63,8 +64,8 @@ class Evaluation:
 
 
 def score(
-    query_features: npt.ArrayLike,
-    gallery_features: npt.ArrayLike,
+    query_features: Any,
+    gallery_features: Any,
     query: Labels,
     gallery: Labels,
     *,
@@ -73,7 +74,7 @@ def score(
     names: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> Scores:
-    """Scores of features [Q, D] and [G, D], float, numpy or torch.
+    """Scores of features [Q, D] and [G, D], numpy, torch on any device, or lists.
 
     metric: goes before the one in `scoring`. names: of the queries, for the table of queries. notes: what was done beforehand, to stand in the
     scores.
@@ -81,25 +82,28 @@ def score(
     Raises UserError if no query has a match from another camera, ValueError for features that do not fit the labels or are not finite.
     """
     metric = metric or scoring.metric or scoring.convention.metric
-    query_array, gallery_array = feature_array("query", query_features), feature_array("gallery", gallery_features)
-    for part, array, labels in (("query", query_array, query), ("gallery", gallery_array, gallery)):
-        if len(array) != len(labels):
-            raise ValueError(f"{len(array)} {part} features, but labels of {len(labels)} images")
-    if query_array.shape[1] != gallery_array.shape[1]:
-        raise ValueError(f"query features have {query_array.shape[1]} dimensions, gallery features {gallery_array.shape[1]}")
+    query_features, gallery_features = feature_tensor("query", query_features), feature_tensor("gallery", gallery_features)
+    for part, features, labels in (("query", query_features, query), ("gallery", gallery_features, gallery)):
+        if len(features) != len(labels):
+            raise ValueError(f"{len(features)} {part} features, but labels of {len(labels)} images")
+    if query_features.shape[1] != gallery_features.shape[1]:
+        raise ValueError(f"query features have {query_features.shape[1]} dimensions, gallery features {gallery_features.shape[1]}")
     said = list(notes)
-    num_zero = count_zero_rows(query_array), count_zero_rows(gallery_array)
+    num_zero = count_zero_rows(query_features), count_zero_rows(gallery_features)
     if any(num_zero):
         said.append(f"features of length zero: {num_zero[0]} of the queries, {num_zero[1]} of the gallery")
     if scoring.expansion:
-        query_array, gallery_array = expand(query_array, gallery_array, scoring.expansion)
+        query_features, gallery_features = expand(query_features, gallery_features, scoring.expansion)
         said.append(str(scoring.expansion))
     if scoring.reranking:
-        tiles = reranked_tiles(query_array, gallery_array, metric, scoring.reranking)
-        said.append(str(scoring.reranking))
-    else:
-        tiles = distance_tiles(query_array, gallery_array, metric)
-    return score_tiles(tiles, query, gallery, metric=metric, scoring=scoring, names=names, notes=said)
+        tiles = reranked_tiles(query_features, gallery_features, metric, scoring.reranking)
+        return score_tiles(tiles, query, gallery, metric=metric, scoring=scoring, names=names, notes=[*said, str(scoring.reranking)])
+    extras = _Extras(scoring, query, gallery)
+    if extras.wanted:
+        for rows, distance in distance_tiles(query_features, gallery_features, metric):
+            extras.take(rows, distance)
+    ranks = _match_ranks(query_features, gallery_features, query, gallery, metric)
+    return extras.score(ranks, metric, names, said)
 
 
 def score_tiles(
@@ -112,51 +116,69 @@ def score_tiles(
     names: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> Scores:
-    """Scores from distances, however they came about: (rows, distances [rows, G]), the queries in order, each once.
+    """Scores from distances, however they came about: (rows, distances [rows, G]), the queries in order, each once. metric: their name.
 
-    Raises as `score`, and ValueError for tiles that do not fit the labels, or distances that are not finite.
+    Raises as `score`, and ValueError for tiles that do not fit the labels or do not hold each query once and in order, or distances that are NaN.
     """
-    convention = scoring.convention
-    pairs = PairCounts() if scoring.roc else None
-    generator = np.random.RandomState(scoring.seed)
+    extras = _Extras(scoring, query, gallery)
     parts: list[MatchRanks] = []
-    curves: list[FloatArray] = []
+    done = 0
     for rows, distance in tiles:
-        part = Labels(query.people[rows], query.cameras[rows])
-        parts.append(match_ranks_of_distances(np.asarray(distance, np.float64), part, gallery))
-        if pairs:
-            pairs.add(distance, part, gallery)
-        if convention.single_gallery_shot and convention.num_shot_repeats:
-            curves.append(
+        if rows.start != done:
+            raise ValueError(f"a tile begins with query {rows.start}, where query {done} is due")
+        done += len(distance)
+        parts.append(match_ranks_of_distances(np.asarray(distance, np.float64), _part(query, rows), gallery))
+        if extras.wanted:
+            extras.take(rows, distance)
+    if done != len(query):
+        raise ValueError(f"distances of {done} queries, but labels of {len(query)}")
+    return extras.score(_concatenated(parts), metric, names, notes)
+
+
+class _Extras:
+    """What ranks do not tell and distances do, where it is asked for: counts of pairs for ROC, and curves of single gallery shots."""
+
+    def __init__(self, scoring: ScoringConfig, query: Labels, gallery: Labels) -> None:
+        self.scoring, self.query, self.gallery = scoring, query, gallery
+        self.pairs = PairCounts() if scoring.roc else None
+        self.curves: list[FloatArray] = []
+        self.generator = np.random.RandomState(scoring.seed)
+        self.wanted = scoring.roc or scoring.convention.single_gallery_shot
+
+    def take(self, rows: slice, distance: npt.NDArray[np.floating]) -> None:
+        """The distances [rows, G] of the next queries."""
+        part = _part(self.query, rows)
+        convention, max_rank = self.scoring.convention, self.scoring.max_rank
+        if self.pairs:
+            self.pairs.add(distance, part, self.gallery)
+        if convention.single_gallery_shot:
+            num_repeats = convention.num_shot_repeats
+            self.curves.append(
                 sampled_shot_curves(
-                    distance,
-                    part,
-                    gallery,
-                    scoring.max_rank,
-                    num_repeats=convention.num_shot_repeats,
-                    generator=generator,
-                    ties=convention.ties,
+                    distance, part, self.gallery, max_rank, num_repeats=num_repeats, generator=self.generator, ties=convention.ties
                 )
+                if num_repeats
+                else single_shot_curves(distance, part, self.gallery, max_rank, convention.ties)
             )
-        elif convention.single_gallery_shot:
-            curves.append(single_shot_curves(distance, part, gallery, scoring.max_rank, convention.ties))
-    found_roc: Roc | None = pairs.roc() if pairs else None
-    return score_ranks(
-        _concatenated(parts),
-        query,
-        gallery,
-        convention=convention,
-        metric=metric,
-        max_rank=scoring.max_rank,
-        bootstrap=scoring.bootstrap,
-        shot_curves=np.concatenate(curves) if curves else None,
-        roc=found_roc,
-        names=names,
-        notes=[*notes, *(["CMC of one gallery image a person"] if convention.single_gallery_shot else [])],
-    )
+
+    def score(self, ranks: MatchRanks, metric: Metric, names: Sequence[str] | None, notes: Sequence[str]) -> Scores:
+        """The scores from the ranks and what was taken."""
+        return score_ranks(
+            ranks,
+            self.query,
+            self.gallery,
+            convention=self.scoring.convention,
+            metric=metric,
+            max_rank=self.scoring.max_rank,
+            bootstrap=self.scoring.bootstrap,
+            shot_curves=np.concatenate(self.curves) if self.curves else None,
+            roc=self.pairs.roc() if self.pairs else None,
+            names=names,
+            notes=[*notes, *(["CMC of one gallery image a person"] if self.curves else [])],
+        )
 
 
-def distance_tiles(query: Features, gallery: Features, metric: Metric) -> Iterator[tuple[slice, FloatArray]]:
+def distance_tiles(query: Tensor, gallery: Tensor, metric: Metric) -> Iterator[tuple[slice, FloatArray]]:
     """(rows, distances [rows, G]) of a few queries at a time."""
     at_once = max(1, _TILE_PAIRS // len(gallery))
     for start in range(0, len(query), at_once):
@@ -164,14 +186,19 @@ def distance_tiles(query: Features, gallery: Features, metric: Metric) -> Iterat
         yield rows, distances(query[rows], gallery, metric)
 
 
-def reranked_tiles(query: Features, gallery: Features, metric: Metric, reranking: Reranking) -> Tiles:
-    """The same after k-reciprocal re-ranking: of features at unit length for cosine, as they are for Euclidean distance."""
+def reranked_tiles(query: Tensor, gallery: Tensor, metric: Metric, reranking: Reranking) -> Tiles:
+    """The same after k-reciprocal re-ranking."""
     from personmae.evaluation.reranking import reranked_distances
 
-    if metric == "cosine":
-        query, gallery = unit_length(query), unit_length(gallery)
     return reranked_distances(
-        query, gallery, definition=reranking.definition, k1=reranking.k1, k2=reranking.k2, weight=reranking.weight
+        query,
+        gallery,
+        definition=reranking.definition,
+        k1=reranking.k1,
+        k2=reranking.k2,
+        weight=reranking.weight,
+        metric="cosine" if metric == "cosine" else "sqeuclidean",
+        resquare=reranking.resquare,
     )
 
 
@@ -215,17 +242,17 @@ def evaluate_features(
     found = convention_of(convention)
     if single_gallery_shot:
         found = dataclasses.replace(found, single_gallery_shot=True)
-    query_array, gallery_array = feature_array("query", query_features), feature_array("gallery", gallery_features)
-    num_images = len(query_array), len(gallery_array)
+    query_features, gallery_features = feature_tensor("query", query_features), feature_tensor("gallery", gallery_features)
+    num_images = len(query_features), len(gallery_features)
     query, gallery, kept = labels_from(query_people, gallery_people, query_cameras, gallery_cameras, num_images, junk)
     notes = []
     if flipped is not None:
-        query_array = combine_flipped(query_array, feature_array("flipped query", flipped[0]), found.flip)
-        gallery_array = combine_flipped(gallery_array, feature_array("flipped gallery", flipped[1]), found.flip)
+        query_features = combine_flipped(query_features, feature_tensor("flipped query", flipped[0]), found.flip)
+        gallery_features = combine_flipped(gallery_features, feature_tensor("flipped gallery", flipped[1]), found.flip)
         notes.append("mirror images taken in")
     if not kept.all():
         notes.append(f"{int((~kept).sum())} junk images dropped")
-        gallery_array = gallery_array[kept]
+        gallery_features = gallery_features[torch.from_numpy(kept)]
     if query_cameras is None:
         notes.append("no cameras, nothing left out")
     scoring = ScoringConfig(
@@ -237,7 +264,7 @@ def evaluate_features(
         roc=roc,
         max_rank=max_rank,
     )
-    return score(query_array, gallery_array, query, gallery, scoring=scoring, names=query_names, notes=notes)
+    return score(query_features, gallery_features, query, gallery, scoring=scoring, names=query_names, notes=notes)
 
 
 def whitened(
@@ -332,6 +359,16 @@ def without_cameras(query: Labels, gallery: Labels) -> tuple[Labels, Labels]:
         Labels(query.people, np.full(len(query), QUERY_CAMERA, np.int64)),
         Labels(gallery.people, np.full(len(gallery), GALLERY_CAMERA, np.int64)),
     )
+
+
+def _part(labels: Labels, rows: slice) -> Labels:
+    return Labels(labels.people[rows], labels.cameras[rows])
+
+
+def _match_ranks(query_features: Tensor, gallery_features: Tensor, query: Labels, gallery: Labels, metric: Metric) -> MatchRanks:
+    """The ranks of all matches from features."""
+    tiles = distance_tiles(query_features, gallery_features, metric)
+    return _concatenated([match_ranks_of_distances(distance, _part(query, rows), gallery) for rows, distance in tiles])
 
 
 def _concatenated(parts: Sequence[MatchRanks]) -> MatchRanks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,16 +76,21 @@ class PairCounts:
         self._same = np.zeros(_NUM_BINS, np.int64)
         self._different = np.zeros(_NUM_BINS, np.int64)
 
-    def add(self, distance: npt.NDArray[np.floating], query: Labels, gallery: Labels) -> None:
+    def add(self, distance: npt.NDArray[Any], query: Labels, gallery: Labels) -> None:
         """Count the pairs of a tile: distances [Q, G], with the labels of its queries and of the whole gallery. Raises ValueError if one is not
         finite."""
         if distance.shape != (len(query), len(gallery)):
             raise ValueError(f"distances have shape {distance.shape}; labels say ({len(query)}, {len(gallery)})")
+        if distance.dtype not in (np.float32, np.float64):
+            distance = distance.astype(np.float64)
         largest = float(max(distance.max(initial=0), -distance.min(initial=0)))
         if not np.isfinite(largest):
             raise ValueError("a distance is not finite")
-        while largest >= self.width * (_NUM_BINS // 2):
-            self._widen()
+        factor = 1
+        while largest >= self.width * factor * (_NUM_BINS // 2):
+            factor *= 2
+        if factor > 1:
+            self._widen(factor)
         rows, columns = np.nonzero(query.people[:, None] == gallery.people)
         other_camera = query.cameras[rows] != gallery.cameras[columns]
         same = self._bins(distance[rows, columns])
@@ -101,14 +107,15 @@ class PairCounts:
         # The width is a power of two, so the quotient is exact.
         return np.floor(distance / distance.dtype.type(self.width)).astype(np.int32) + _NUM_BINS // 2
 
-    def _widen(self) -> None:
-        """Bins of twice the width, around zero as before: each takes two of the old ones."""
-        quarter = _NUM_BINS // 4
+    def _widen(self, factor: int) -> None:
+        """Bins of `factor` times the width, around zero as before: each takes that many of the old ones."""
+        half = _NUM_BINS // 2
         for counts in (self._same, self._different):
-            merged = counts.reshape(-1, 2).sum(axis=1)
-            counts[:] = 0
-            counts[quarter : 3 * quarter] = merged
-        self.width *= 2
+            used = np.flatnonzero(counts)
+            merged, number = counts[used], (used - half) // min(factor, _NUM_BINS) + half
+            counts[used] = 0
+            np.add.at(counts, number, merged)
+        self.width *= factor
 
 
 def _count(counts: IntArray, bins: npt.NDArray[np.int32]) -> None:
