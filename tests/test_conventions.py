@@ -204,5 +204,6 @@ def test_bad_conventions():
         Reranking(k1=3, k2=4)
     with pytest.raises(ValueError, match="resquare"):
         Reranking(definition="fast-reid", resquare=True)
+    assert all(convention.about for convention in CONVENTIONS.values())
     assert all(name == convention.name for name, convention in CONVENTIONS.items())
     assert convention_of(CONVENTIONS["layumi"]) is CONVENTIONS["layumi"]

@@ -116,6 +116,8 @@ def test_junk_is_refused_with_advice_or_dropped_with_a_count():
         call(gallery_people=[0, 1, -5], junk="drop")
     with pytest.raises(ValueError, match="all 3 gallery images are junk"):
         call(gallery_people=[-1, -1, -1], junk="drop")
+    with pytest.raises(ValueError, match="junk is 'keep'; allowed: refuse, drop"):
+        call(junk="keep")
     # Cameras may have any number.
     assert call(query_cameras=[-1, -7], gallery_cameras=[-2, -1, 10**15]).mAP == 1
 

@@ -51,6 +51,7 @@ class Reranking:
 class Convention:
     """How scores follow from distances.
 
+    about: whose it is, and what it does on ties, in words.
     average_precision: of n matches at ranks r_1 < r_2 < ...
         "precision at hits": the mean of i / r_i;
         "trapezoid": the mean of i / r_i and of the precision one rank earlier, (i - 1) / (r_i - 1), which counts as 1 at rank 1: the area under the
@@ -70,6 +71,7 @@ class Convention:
     """
 
     name: str
+    about: str = ""
     average_precision: AveragePrecision = "precision at hits"
     ties: Ties = "by index"
     unmatched: Unmatched = "left out"
@@ -100,41 +102,53 @@ class Convention:
 # Where evaluators sort with numpy's default (unstable) argsort, the order of images at the same distance is a matter of numpy's version and of the
 # processor: no rule reproduces it. There the presets take the smaller index first, which is one of the orders such an evaluator may give.
 _PRESETS = (
-    # Ties by index in all scores. Single-gallery-shot curves are exact expectations.
-    Convention(name="standard"),
-    # TransReID, TransReID-SSL, SOLIDER, CLIP-ReID (utils/metrics.py). Distances are squared Euclidean of features at unit length, in float32. Ties:
-    # unstable argsort, so unspecified there; by index here. Fails where the gallery left over is smaller than 50; ours has a constant curve there.
+    Convention(
+        name="standard",
+        about="Ours. Ties by gallery index in all scores; the CMC curve stays constant once the gallery ends; curves of single gallery shots are exact.",
+    ),
     Convention(
         name="transreid",
+        about="TransReID, TransReID-SSL, SOLIDER, CLIP-ReID. On ties unspecified there (unstable sort), by index here. Distances are of float32 there. "
+        "Fails there if fewer than 50 gallery images are left to rank.",
         feature="before BNNeck (all published configurations; the code's default is after)",
         reranking=Reranking(k1=50, k2=15),
     ),
-    # fast-reid (fastreid/evaluation). The compiled form rounds distances to float32, which makes ties; ties and small galleries as above (the
-    # compiled form reads past its buffer there). "TPR@FPR" has the roles of same and different person exchanged. Its flip test normalises the mirror
-    # image twice; that is not reproduced.
-    Convention(name="fast-reid", feature="after BNNeck", roc_positive="different person", reranking=Reranking(definition="fast-reid")),
-    # torchreid (torchreid/metrics/rank.py). Features are not normalised. Ties and small galleries as above.
+    Convention(
+        name="fast-reid",
+        about="fast-reid. On ties unspecified there, by index here; its compiled form rounds distances to float32, which makes ties, and reads past its "
+        "buffer in small galleries. TPR@FPR has the roles of same and different person exchanged, as there. Its flip test normalises the mirror image "
+        "twice; that is not reproduced.",
+        feature="after BNNeck",
+        roc_positive="different person",
+        reranking=Reranking(definition="fast-reid"),
+    ),
     Convention(
         name="torchreid",
+        about="torchreid. Features are not normalised. On ties unspecified there, by index here; its compiled form rounds distances to float32. "
+        "Curves of single gallery shots are drawn 10 times a query, as there after numpy.random.seed.",
         metric="euclidean",
         feature="the model's output in evaluation mode",
         num_shot_repeats=10,
         reranking=Reranking(resquare=True),
     ),
-    # Cluster Contrast, SpCL, open-reid (evaluation_metrics/ranking.py). mAP pools ties, exactly as scikit-learn; CMC sorts unstably, so its ties are
-    # unspecified there and by index here. The model gives features at unit length.
     Convention(
         name="cluster-contrast",
+        about="Cluster Contrast, SpCL, open-reid. On ties mAP pools, exactly as scikit-learn; CMC is unspecified there, by index here.",
         average_precision="ties pooled",
         feature="after BNNeck, at unit length",
         reranking=Reranking(resquare=True),
     ),
-    # The Matlab scripts of Market-1501 and of Zhong et al. (compute_AP.m). Matlab's sort is stable: exact on ties too.
-    Convention(name="market-matlab", average_precision="trapezoid", unmatched="zero", feature="at unit length"),
-    # layumi's Person_reID_baseline_pytorch (evaluate_gpu.py): the same scores, but similarities are sorted upwards, unstably, and turned round. Here
-    # ties are those of a stable sort turned round: the larger index first.
+    Convention(
+        name="market-matlab",
+        about="The Matlab scripts of Market-1501 and of Zhong et al. (compute_AP.m). Their sort is stable: by index, so the same on ties too.",
+        average_precision="trapezoid",
+        unmatched="zero",
+        feature="at unit length",
+    ),
     Convention(
         name="layumi",
+        about="layumi's Person_reID_baseline_pytorch. As market-matlab, but similarities are sorted upwards and turned round: on ties unspecified there "
+        "(unstable sort), and here as a stable sort turned round gives them, the larger index first.",
         average_precision="trapezoid",
         ties="reversed",
         unmatched="zero",

@@ -94,6 +94,8 @@ def labels_from(
     Cameras None, both of them: the set has none, and no image is left out. Raises ValueError for junk that is not to be dropped, junk among the
     queries, other negative people, a gallery of junk only, and cameras of one part only.
     """
+    if junk not in ("refuse", "drop"):
+        raise ValueError(f"junk is {junk!r}; allowed: refuse, drop")
     people = id_array("query people", query_people, num_images[0]), id_array("gallery people", gallery_people, num_images[1])
     if (query_cameras is None) != (gallery_cameras is None):
         raise ValueError("cameras are given of one part only; give both, or neither for a set without cameras")

@@ -33,8 +33,7 @@ class QueryMeasures:
 
 
 def measure_queries(ranks: MatchRanks, average_precision: AveragePrecision = "precision at hits", ties: Ties = "by index") -> QueryMeasures:
-    """The measures of all queries; `Convention` explains the choices. Ranks of ties pooled are needed for average precision only; else `ties`
-    holds."""
+    """The measures of all queries; `Convention` explains the choices. "ties pooled" is of average precision alone: elsewhere `ties` holds."""
     num_queries = len(ranks.num_kept)
     num_matches = ranks.num_matches
     query = np.repeat(np.arange(num_queries), num_matches)

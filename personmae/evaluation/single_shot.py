@@ -2,7 +2,7 @@
 
 Exact by default. A match stands behind as many people as have their image in front of it; person p has with probability f_p = (images of p in front)
 / (images of p), independently, so the rank is 1 + a sum of unequal coins, whose distribution is multiplied out person by person. torchreid and
-fast-reid estimate the same from 10 random draws a query; `repeats` does what they do.
+fast-reid estimate the same from 10 random draws a query; `sampled_shot_curves` does what they do.
 """
 
 from __future__ import annotations
