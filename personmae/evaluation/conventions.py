@@ -104,20 +104,21 @@ class Convention:
 _PRESETS = (
     Convention(
         name="standard",
-        about="Ours. Ties by gallery index in all scores; the CMC curve stays constant once the gallery ends; curves of single gallery shots are exact.",
+        about="Ours. Ties by gallery index in all scores; the CMC curve stays constant once the gallery ends; curves of single gallery shots are "
+        "exact.",
     ),
     Convention(
         name="transreid",
-        about="TransReID, TransReID-SSL, SOLIDER, CLIP-ReID. On ties unspecified there (unstable sort), by index here. Distances are of float32 there. "
-        "Fails there if fewer than 50 gallery images are left to rank.",
+        about="TransReID, TransReID-SSL, SOLIDER, CLIP-ReID. On ties unspecified there (unstable sort), by index here. Distances are of float32 "
+        "there. Fails there if fewer than 50 gallery images are left to rank.",
         feature="before BNNeck (all published configurations; the code's default is after)",
         reranking=Reranking(k1=50, k2=15),
     ),
     Convention(
         name="fast-reid",
-        about="fast-reid. On ties unspecified there, by index here; its compiled form rounds distances to float32, which makes ties, and reads past its "
-        "buffer in small galleries. TPR@FPR has the roles of same and different person exchanged, as there. Its flip test normalises the mirror image "
-        "twice; that is not reproduced.",
+        about="fast-reid. On ties unspecified there, by index here; its compiled form rounds distances to float32, which makes ties, and reads "
+        "past its buffer in small galleries. TPR@FPR has the roles of same and different person exchanged, as there. Its flip test normalises the "
+        "mirror image twice; that is not reproduced.",
         feature="after BNNeck",
         roc_positive="different person",
         reranking=Reranking(definition="fast-reid"),
@@ -147,8 +148,8 @@ _PRESETS = (
     ),
     Convention(
         name="layumi",
-        about="layumi's Person_reID_baseline_pytorch. As market-matlab, but similarities are sorted upwards and turned round: on ties unspecified there "
-        "(unstable sort), and here as a stable sort turned round gives them, the larger index first.",
+        about="layumi's Person_reID_baseline_pytorch. As market-matlab, but similarities are sorted upwards and turned round: on ties unspecified "
+        "there (unstable sort), and here as a stable sort turned round gives them, the larger index first.",
         average_precision="trapezoid",
         ties="reversed",
         unmatched="zero",
