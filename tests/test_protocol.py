@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from personmae.configs import UserError
 from personmae.data.reid import read_market_layout
-from personmae.evaluation.protocol import evaluate, evaluate_features, score
-from personmae.evaluation.ranking import Labels
+from personmae.evaluation import protocol
+from personmae.evaluation.conventions import CONVENTIONS, Reranking
+from personmae.evaluation.protocol import ScoringConfig, evaluate, evaluate_features, score, score_tiles, score_variants
+from personmae.evaluation.ranking import Labels, distances
 from personmae.evaluation.whitening import fit_whitening
 
 
@@ -30,9 +38,9 @@ def random_set(
 def test_perfect_features_score_one_and_opposite_ones_the_least() -> None:
     people, cameras = np.arange(4), np.ones(4, np.int64)
     query, gallery = Labels(people, cameras), Labels(people, cameras + 1)
-    best = score(np.eye(4), np.eye(4), query, gallery, max_rank=3)
+    best = score(np.eye(4), np.eye(4), query, gallery, scoring=ScoringConfig(max_rank=3))
     assert (best.mAP, best.mINP, best.cmc.tolist()) == (1, 1, [1, 1, 1])
-    worst = score(np.eye(4), -np.eye(4), query, gallery, max_rank=10)
+    worst = score(np.eye(4), -np.eye(4), query, gallery, scoring=ScoringConfig(max_rank=10))
     assert (worst.mAP, worst.mINP) == (0.25, 0.25)
     assert worst.cmc.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
 
@@ -100,20 +108,20 @@ def test_queries_without_a_match_are_counted_and_not_scored() -> None:
 def test_ranks_beyond_the_gallery_are_safe() -> None:
     one = Labels(np.array([1]), np.array([1]))
     other = Labels(np.array([1]), np.array([2]))
-    scores = score(np.ones((1, 2)), np.ones((1, 2)), one, other, max_rank=50)
+    scores = score(np.ones((1, 2)), np.ones((1, 2)), one, other, scoring=ScoringConfig(max_rank=50))
     assert scores.cmc.tolist() == [1] * 50
     assert scores.row("a", "b")["rank10"] == 1
-    assert "rank5" not in score(np.ones((1, 2)), np.ones((1, 2)), one, other, max_rank=4).row("a", "b")
+    assert "rank5" not in score(np.ones((1, 2)), np.ones((1, 2)), one, other, scoring=ScoringConfig(max_rank=4)).row("a", "b")
     with pytest.raises(ValueError, match="rank-51"):
         scores.rank(51)
     with pytest.raises(ValueError, match="max_rank is 0"):
-        score(np.ones((1, 2)), np.ones((1, 2)), one, other, max_rank=0)
+        score(np.ones((1, 2)), np.ones((1, 2)), one, other, scoring=ScoringConfig(max_rank=0))
 
 
 def test_variants_are_named_and_whitened() -> None:
     query_features, gallery_features, query, gallery = random_set()
     query_features, gallery_features = query_features.astype(np.float32), gallery_features.astype(np.float32)
-    scores = evaluate_features(
+    scores = score_variants(
         {"mean": query_features, "class": query_features[:, :3]},
         {"mean": gallery_features, "class": gallery_features[:, :3]},
         query,
@@ -131,7 +139,7 @@ def test_variants_are_named_and_whitened() -> None:
     # Whitening knows the unlabelled features alone.
     unlabelled = np.random.default_rng(0).normal(size=(40, 7)) * np.arange(1, 8)
     features = {"mean": query_features}, {"mean": gallery_features}
-    found = evaluate_features(*features, query, gallery, unlabelled_features={"mean": unlabelled.astype(np.float32)})
+    found = score_variants(*features, query, gallery, unlabelled_features={"mean": unlabelled.astype(np.float32)})
     fitted = fit_whitening(unlabelled.astype(np.float32))
     expected = score(fitted.apply(query_features), fitted.apply(gallery_features), query, gallery)
     assert found["mean, whitened"].mAP == expected.mAP != scores["mean, whitened"].mAP
@@ -143,7 +151,7 @@ def test_variants_are_named_and_whitened() -> None:
     whitened = fitted.apply(query_features[:1])[0] - fitted.apply(gallery_features[5:6])[0]
     assert whitened @ whitened == pytest.approx(difference @ inverse @ difference)
     with pytest.raises(ValueError, match="gallery features"):
-        evaluate_features({"mean": query_features}, {"class": gallery_features}, query, gallery)
+        score_variants({"mean": query_features}, {"class": gallery_features}, query, gallery)
 
 
 def test_whitening_gives_unit_covariance_and_undoes_a_stretch() -> None:
@@ -201,3 +209,152 @@ def test_evaluate_from_files_to_scores(tmp_path: Path) -> None:
     assert found.scores["colour"].mAP == 1
     assert found.query_features["colour"].shape == (3, 3)
     np.testing.assert_allclose(found.gallery_features["colour"], list(colours.values()), atol=1)
+
+
+def test_everything_at_once_from_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    query_features, gallery_features, query, gallery = random_set()
+    call = (query_features, gallery_features, query.people, gallery.people, query.cameras, gallery.cameras)
+    plain = evaluate_features(*call)
+    assert plain.mAP == score(query_features, gallery_features, query, gallery).mAP
+    low, high = plain.interval("mAP") or (1, 0)
+    assert low < plain.mAP < high
+    assert plain.interval("rank1") is not None
+    assert evaluate_features(*call, bootstrap=None).interval("mAP") is None
+    assert "[" in str(plain).split(",")[0]
+    # Options say what was done, and change the scores.
+    found = evaluate_features(*call, flipped=(query_features + 1, gallery_features + 1), expansion=True, roc=True, metric="euclidean", max_rank=7)
+    assert "mirror images taken in; query expansion (k 5, alpha 3)" in str(found)
+    assert found.mAP != plain.mAP
+    assert len(found.cmc) == 7
+    row = found.row()
+    assert row["metric"] == "euclidean"
+    assert 0 <= row["TPR@FPR=1e-02"] <= row["TPR@FPR=1e-01"] <= 1
+    assert "rank10" not in row
+    with pytest.raises(ValueError, match="flipped gallery features"):
+        evaluate_features(*call, flipped=(query_features, gallery_features * np.nan))
+    # Tiles of distances change nothing.
+    monkeypatch.setattr(protocol, "_TILE_PAIRS", 1)
+    again = evaluate_features(*call, flipped=(query_features + 1, gallery_features + 1), expansion=True, roc=True, metric="euclidean", max_rank=7)
+    assert again.row() == row
+    assert evaluate_features(*call, single_gallery_shot=True).cmc.shape == (50,)
+
+
+def test_one_image_a_person_makes_single_gallery_shot_the_ordinary_curve() -> None:
+    generator = np.random.default_rng(5)
+    call = generator.normal(size=(20, 3)), generator.normal(size=(25, 3)), np.arange(20), np.arange(25)
+    plain, shot = evaluate_features(*call), evaluate_features(*call, single_gallery_shot=True)
+    np.testing.assert_allclose(shot.cmc, plain.cmc, atol=1e-12)
+    assert "one gallery image a person" in str(shot)
+
+
+def test_reranking_is_fed_and_ranked_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    query_features, gallery_features, query, gallery = random_set()
+    given: dict[str, Any] = {}
+
+    def stand_in(query_features: np.ndarray, gallery_features: np.ndarray, **options: object) -> Iterator[tuple[slice, np.ndarray]]:
+        given.update(options, features=query_features)
+        for start in range(0, len(query_features), 5):
+            rows = slice(start, min(start + 5, len(query_features)))
+            yield rows, -distances(query_features[rows], gallery_features).astype(np.float32)
+
+    module = ModuleType("personmae.evaluation.reranking")
+    module.reranked_distances = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "personmae.evaluation.reranking", module)
+    call = (query_features, gallery_features, query.people, gallery.people, query.cameras, gallery.cameras)
+    found = evaluate_features(*call, rerank=True, convention="transreid")
+    assert {key: given[key] for key in ("definition", "k1", "k2", "weight")} == {"definition": "classic", "k1": 50, "k2": 15, "weight": 0.3}
+    assert (given["metric"], given["resquare"]) == ("cosine", False)
+    np.testing.assert_array_equal(given["features"], query_features)
+    expected = score_tiles(
+        [(slice(0, 23), -distances(query_features, gallery_features).astype(np.float32))],
+        query,
+        gallery,
+        metric="cosine",
+        scoring=ScoringConfig(convention=CONVENTIONS["transreid"]),
+    )
+    assert (found.mAP, found.mINP, found.cmc.tolist()) == (expected.mAP, expected.mINP, expected.cmc.tolist())
+    assert "re-ranked (classic, k1 50, k2 15, weight 0.3)" in str(found)
+    evaluate_features(*call, rerank=Reranking(definition="fast-reid", k1=7), metric="euclidean")
+    assert (given["definition"], given["k1"]) == ("fast-reid", 7)
+    assert "squared again" in str(evaluate_features(*call, rerank=True, convention="torchreid"))
+    evaluate_features(*call, rerank=Reranking(), metric="euclidean")
+    assert given["metric"] == "sqeuclidean"
+
+
+def test_what_was_left_out_and_what_was_tied_is_counted() -> None:
+    query = Labels(np.array([1, 2]), np.array([1, 1]))
+    gallery = Labels(np.array([1, 1, 2, 3]), np.array([1, 2, 2, 2]))
+    scores = score(np.eye(2, 3), np.array([[1.0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]]), query, gallery)
+    assert scores.num_left_out == 1
+    # Query 2 is as far from its own match as from everybody else; query 1 is alone with its match.
+    assert scores.num_tied == 1
+    assert scores.plain()["left_out"] == {"queries_without_a_match": 0, "they_are": "left out", "pairs_of_same_person_and_camera": 1}
+
+
+def test_sets_without_cameras_and_of_single_shots_are_scored_as_such(tmp_path: Path) -> None:
+    for folder in ("query", "bounding_box_test"):
+        (tmp_path / folder).mkdir()
+        for person, colour in {1: (200, 30, 30), 2: (30, 200, 30)}.items():
+            for shot in range(2 if folder == "bounding_box_test" else 1):
+                Image.new("RGB", (9, 17), colour).save(tmp_path / folder / f"{person:04d}_c1s1_000000_0{shot}.png")
+    reid_set = read_market_layout(tmp_path)
+
+    def describe(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"colour": batch.to(torch.float32).mean(dim=(1, 2))}
+
+    with pytest.raises(UserError, match="if the set has no cameras, give none"):
+        evaluate(describe, reid_set, size=(16, 8))
+    without = SimpleNamespace(query=reid_set.query, gallery=reid_set.gallery, has_cameras=False, single_gallery_shot=True)
+    scores = evaluate(describe, without, size=(16, 8)).scores["colour"]  # type: ignore[arg-type]
+    assert scores.mAP == 1
+    assert scores.convention.single_gallery_shot
+    assert scores.notes == ("no cameras, nothing left out", "CMC of one gallery image a person")
+    assert scores.names == [str(image.path) for image in reid_set.query]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), name=st.sampled_from(list(CONVENTIONS)), tile=st.integers(1, 4))
+def test_all_scores_equal_an_oracle_in_plain_loops(data: st.DataObject, name: str, tile: int) -> None:
+    """From a matrix of distances with many ties to every score, under each convention."""
+    image = st.tuples(st.integers(0, 3), st.integers(1, 2))
+    query = data.draw(st.lists(image, min_size=1, max_size=5))
+    gallery = data.draw(st.lists(image, min_size=1, max_size=8))
+    rows = [data.draw(st.lists(st.integers(0, 3), min_size=len(gallery), max_size=len(gallery))) for _ in query]
+    parts = [Labels(np.array([p for p, _ in part]), np.array([c for _, c in part])) for part in (query, gallery)]
+    distance = np.array(rows, np.float64)
+    tiles = [(slice(start, min(start + tile, len(query))), distance[start : start + tile]) for start in range(0, len(query), tile)]
+    convention = CONVENTIONS[name]
+    scoring = ScoringConfig(convention=convention, max_rank=9, bootstrap=None)
+    precision: list[float] = []
+    penalty: list[float] = []
+    hits: list[list[bool]] = []
+    for row, own in zip(rows, query, strict=True):
+        order = sorted(range(len(gallery)), key=lambda g: (row[g], g if convention.ties == "by index" else -g))
+        order = [g for g in order if gallery[g] != own]
+        found = [gallery[g][0] == own[0] for g in order]
+        ranks = [rank for rank, hit in enumerate(found, start=1) if hit]
+        if not ranks:
+            if convention.unmatched == "zero":
+                precision, penalty, hits = [*precision, 0.0], [*penalty, 0.0], [*hits, [False] * 9]
+            continue
+        if convention.average_precision == "ties pooled":
+            seen = [sum(row[other] <= row[g] for other in order) for g in order if gallery[g][0] == own[0]]
+            right = [sum(row[other] <= row[g] for other in order if gallery[other][0] == own[0]) for g in order if gallery[g][0] == own[0]]
+            parts_of = [a / b for a, b in zip(right, seen, strict=True)]
+        else:
+            parts_of = [number / rank for number, rank in enumerate(ranks, start=1)]
+            if convention.average_precision == "trapezoid":
+                earlier = [(number - 1) / (rank - 1) if rank > 1 else 1.0 for number, rank in enumerate(ranks, start=1)]
+                parts_of = [(a + b) / 2 for a, b in zip(parts_of, earlier, strict=True)]
+        precision.append(sum(parts_of) / len(ranks))
+        penalty.append(len(ranks) / ranks[-1])
+        hits.append([ranks[0] <= k for k in range(1, 10)])
+    if not any(map(any, hits)):
+        with pytest.raises(UserError, match="nothing to score"):
+            score_tiles(tiles, *parts, metric="cosine", scoring=scoring)
+        return
+    scores = score_tiles(tiles, *parts, metric="cosine", scoring=scoring)
+    assert scores.mAP == pytest.approx(np.mean(precision), abs=1e-12)
+    assert scores.mINP == pytest.approx(np.mean(penalty), abs=1e-12)
+    np.testing.assert_allclose(scores.cmc, np.mean(hits, axis=0), atol=1e-12)
+    assert scores.num_scored == len(precision)

@@ -1,65 +1,56 @@
 """The protocol: scores of a set from features. Every accuracy number of the project comes from here.
 
-Single query, whole gallery, mean over the queries that have a match. `ranking` defines ranks and ties, `whitening` the
-whitened variants.
+Single query, whole gallery, mean over the queries that have a match, unless another convention is asked for (`conventions`). `ranking` defines ranks
+and ties, `whitening` the whitened variants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from personmae.configs import UserError
 from personmae.data.records import PersonImage
 from personmae.data.reid import ReidSet
+from personmae.evaluation.confidence import Bootstrap
+from personmae.evaluation.conventions import CONVENTIONS, Convention, Reranking, convention_of
+from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand
 from personmae.evaluation.features import Describe, FeatureArray, extract_features
-from personmae.evaluation.ranking import FloatArray, Labels, Metric, labels_of, score_features
+from personmae.evaluation.inputs import GALLERY_CAMERA, QUERY_CAMERA, Junk, count_zero_rows, feature_tensor, labels_from
+from personmae.evaluation.ranking import FloatArray, Labels, MatchRanks, Metric, distances, labels_of, match_ranks_of_distances
+from personmae.evaluation.scores import MAX_RANK, Scores, score_ranks
+from personmae.evaluation.single_shot import sampled_shot_curves, single_shot_curves
+from personmae.evaluation.verification import PairCounts
 from personmae.evaluation.whitening import fit_whitening
 
-MAX_RANK = 50
-REPORTED_RANKS = (1, 5, 10)
+# Distances of a tile of queries, of 8 bytes each.
+_TILE_PAIRS = 4_000_000
+Tiles = Iterable[tuple[slice, npt.NDArray[np.floating]]]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one feature on one set; all ratios in [0, 1].
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How features become scores.
 
-    mAP: mean average precision; mINP: mean inverse negative penalty (Ye et al., "Deep learning for person
-    re-identification", TPAMI 2021); cmc [max_rank]: share of queries with a match at rank 1, 2, ...; constant once the
-    gallery ends. Means are over the `num_valid` queries that have a match from another camera; the other queries are
-    NaN in `average_precision` [num_queries].
+    metric: None for the convention's own. reranking, expansion: None for neither. bootstrap: None for no confidence intervals. roc: whether to count
+    all pairs for TPR at FPR, which takes a pass over all distances. seed: of the draws of single-gallery-shot, where the convention draws.
     """
 
-    mAP: float  # noqa: N815 (the field's own name)
-    mINP: float  # noqa: N815
-    cmc: FloatArray
-    average_precision: FloatArray
-    num_queries: int
-    num_valid: int
-    num_gallery: int
-
-    def rank(self, k: int) -> float:
-        """Rank-k: share of queries with a match among the k nearest. Raises ValueError for a k beyond the curve."""
-        if not 1 <= k <= len(self.cmc):
-            raise ValueError(f"rank-{k} is not known; ranks 1 to {len(self.cmc)} are")
-        return float(self.cmc[k - 1])
-
-    def row(self, model: str, feature: str) -> dict[str, str | float | int]:
-        """A row of evaluation.json."""
-        ranks = {f"rank{k}": self.rank(k) for k in REPORTED_RANKS if k <= len(self.cmc)}
-        counts = {"num_queries": self.num_queries, "num_valid": self.num_valid, "num_gallery": self.num_gallery}
-        return {"model": model, "feature": feature, "mAP": self.mAP, "mINP": self.mINP, **ranks, **counts}
-
-    def __str__(self) -> str:
-        ranks = ", ".join(f"rank-{k} {self.rank(k):.2%}" for k in REPORTED_RANKS if k <= len(self.cmc))
-        skipped = self.num_queries - self.num_valid
-        counts = f"{self.num_valid} queries, {skipped} without a match left out, gallery {self.num_gallery}"
-        return f"mAP {self.mAP:.2%}, mINP {self.mINP:.2%}, {ranks} ({counts})"
+    convention: Convention = CONVENTIONS["standard"]
+    metric: Metric | None = None
+    reranking: Reranking | None = None
+    expansion: QueryExpansion | None = None
+    bootstrap: Bootstrap | None = Bootstrap()
+    roc: bool = False
+    max_rank: int = MAX_RANK
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,39 +64,207 @@ class Evaluation:
 
 
 def score(
-    query_features: npt.ArrayLike,
-    gallery_features: npt.ArrayLike,
+    query_features: Any,
+    gallery_features: Any,
     query: Labels,
     gallery: Labels,
     *,
-    metric: Metric = "cosine",
-    max_rank: int = MAX_RANK,
+    metric: Metric | None = None,
+    scoring: ScoringConfig = ScoringConfig(),
+    names: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Scores:
-    """Scores of features [Q, D] and [G, D], float.
+    """Scores of features [Q, D] and [G, D], numpy, torch on any device, or lists.
 
-    Raises UserError if no query has a match from another camera, ValueError for features that do not fit the labels or
-    are not finite.
+    metric: goes before the one in `scoring`. names: of the queries, for the table of queries. notes: what was done beforehand, to stand in the
+    scores.
+
+    Raises UserError if no query has a match from another camera, ValueError for features that do not fit the labels or are not finite.
     """
-    if max_rank < 1:
-        raise ValueError(f"max_rank is {max_rank}; at least 1 is wanted")
-    queries = score_features(query_features, gallery_features, query, gallery, metric)
-    valid = queries.first_match >= 0
-    num_valid = int(valid.sum())
-    if num_valid == 0:
-        raise UserError(
-            f"none of the {len(query)} queries has an image of the same person from another camera in the gallery: "
-            "nothing to score"
+    metric = metric or scoring.metric or scoring.convention.metric
+    query_features, gallery_features = feature_tensor("query", query_features), feature_tensor("gallery", gallery_features)
+    for part, features, labels in (("query", query_features, query), ("gallery", gallery_features, gallery)):
+        if len(features) != len(labels):
+            raise ValueError(f"{len(features)} {part} features, but labels of {len(labels)} images")
+    if query_features.shape[1] != gallery_features.shape[1]:
+        raise ValueError(f"query features have {query_features.shape[1]} dimensions, gallery features {gallery_features.shape[1]}")
+    said = list(notes)
+    num_zero = count_zero_rows(query_features), count_zero_rows(gallery_features)
+    if any(num_zero):
+        said.append(f"features of length zero: {num_zero[0]} of the queries, {num_zero[1]} of the gallery")
+    if scoring.expansion:
+        query_features, gallery_features = expand(query_features, gallery_features, scoring.expansion)
+        said.append(str(scoring.expansion))
+    if scoring.reranking:
+        tiles = reranked_tiles(query_features, gallery_features, metric, scoring.reranking)
+        return score_tiles(tiles, query, gallery, metric=metric, scoring=scoring, names=names, notes=[*said, str(scoring.reranking)])
+    extras = _Extras(scoring, query, gallery)
+    if extras.wanted:
+        for rows, distance in distance_tiles(query_features, gallery_features, metric):
+            extras.take(rows, distance)
+    ranks = _match_ranks(query_features, gallery_features, query, gallery, metric)
+    return extras.score(ranks, metric, names, said)
+
+
+def score_tiles(
+    tiles: Tiles,
+    query: Labels,
+    gallery: Labels,
+    *,
+    metric: Metric,
+    scoring: ScoringConfig = ScoringConfig(),
+    names: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+) -> Scores:
+    """Scores from distances, however they came about: (rows, distances [rows, G]), the queries in order, each once. metric: their name.
+
+    Raises as `score`, and ValueError for tiles that do not fit the labels or do not hold each query once and in order, or distances that are NaN.
+    """
+    extras = _Extras(scoring, query, gallery)
+    parts: list[MatchRanks] = []
+    done = 0
+    for rows, distance in tiles:
+        if rows.start != done:
+            raise ValueError(f"a tile begins with query {rows.start}, where query {done} is due")
+        done += len(distance)
+        parts.append(match_ranks_of_distances(np.asarray(distance, np.float64), _part(query, rows), gallery))
+        if extras.wanted:
+            extras.take(rows, distance)
+    if done != len(query):
+        raise ValueError(f"distances of {done} queries, but labels of {len(query)}")
+    return extras.score(_concatenated(parts), metric, names, notes)
+
+
+class _Extras:
+    """What ranks do not tell and distances do, where it is asked for: counts of pairs for ROC, and curves of single gallery shots."""
+
+    def __init__(self, scoring: ScoringConfig, query: Labels, gallery: Labels) -> None:
+        self.scoring, self.query, self.gallery = scoring, query, gallery
+        self.pairs = PairCounts() if scoring.roc else None
+        self.curves: list[FloatArray] = []
+        self.generator = np.random.RandomState(scoring.seed)
+        self.wanted = scoring.roc or scoring.convention.single_gallery_shot
+
+    def take(self, rows: slice, distance: npt.NDArray[np.floating]) -> None:
+        """The distances [rows, G] of the next queries."""
+        part = _part(self.query, rows)
+        convention, max_rank = self.scoring.convention, self.scoring.max_rank
+        if self.pairs:
+            self.pairs.add(distance, part, self.gallery)
+        if convention.single_gallery_shot:
+            num_repeats = convention.num_shot_repeats
+            self.curves.append(
+                sampled_shot_curves(
+                    distance, part, self.gallery, max_rank, num_repeats=num_repeats, generator=self.generator, ties=convention.ties
+                )
+                if num_repeats
+                else single_shot_curves(distance, part, self.gallery, max_rank, convention.ties)
+            )
+
+    def score(self, ranks: MatchRanks, metric: Metric, names: Sequence[str] | None, notes: Sequence[str]) -> Scores:
+        """The scores from the ranks and what was taken."""
+        return score_ranks(
+            ranks,
+            self.query,
+            self.gallery,
+            convention=self.scoring.convention,
+            metric=metric,
+            max_rank=self.scoring.max_rank,
+            bootstrap=self.scoring.bootstrap,
+            shot_curves=np.concatenate(self.curves) if self.curves else None,
+            roc=self.pairs.roc() if self.pairs else None,
+            names=names,
+            notes=[*notes, *(["CMC of one gallery image a person"] if self.curves else [])],
         )
-    hits = np.bincount(queries.first_match[valid], minlength=max_rank)[:max_rank]
-    return Scores(
-        mAP=float(queries.average_precision[valid].mean()),
-        mINP=float(queries.inverse_negative_penalty[valid].mean()),
-        cmc=np.cumsum(hits) / num_valid,
-        average_precision=queries.average_precision,
-        num_queries=len(query),
-        num_valid=num_valid,
-        num_gallery=len(gallery),
+
+
+def distance_tiles(query: Tensor, gallery: Tensor, metric: Metric) -> Iterator[tuple[slice, FloatArray]]:
+    """(rows, distances [rows, G]) of a few queries at a time."""
+    at_once = max(1, _TILE_PAIRS // len(gallery))
+    for start in range(0, len(query), at_once):
+        rows = slice(start, min(start + at_once, len(query)))
+        yield rows, distances(query[rows], gallery, metric)
+
+
+def reranked_tiles(query: Tensor, gallery: Tensor, metric: Metric, reranking: Reranking) -> Tiles:
+    """The same after k-reciprocal re-ranking."""
+    from personmae.evaluation.reranking import reranked_distances
+
+    return reranked_distances(
+        query,
+        gallery,
+        definition=reranking.definition,
+        k1=reranking.k1,
+        k2=reranking.k2,
+        weight=reranking.weight,
+        metric="cosine" if metric == "cosine" else "sqeuclidean",
+        resquare=reranking.resquare,
     )
+
+
+def evaluate_features(
+    query_features: Any,
+    gallery_features: Any,
+    query_people: Any,
+    gallery_people: Any,
+    query_cameras: Any = None,
+    gallery_cameras: Any = None,
+    *,
+    convention: Convention | str = "standard",
+    metric: Metric | None = None,
+    flipped: tuple[Any, Any] | None = None,
+    expansion: QueryExpansion | bool = False,
+    rerank: Reranking | bool = False,
+    single_gallery_shot: bool = False,
+    junk: Junk = "refuse",
+    bootstrap: Bootstrap | None = ScoringConfig.bootstrap,
+    roc: bool = False,
+    max_rank: int = MAX_RANK,
+    query_names: Sequence[str] | None = None,
+) -> Scores:
+    """Scores of anyone's features: numpy, torch on any device, or lists.
+
+        scores = evaluate_features(query_features, gallery_features, query_people, gallery_people, query_cameras, gallery_cameras)
+        print(scores)            # mAP 55.27% [53.01%, 57.40%], mINP ..., rank-1 ...
+        scores.mAP, scores.rank(1), scores.interval("mAP"), scores.average_precision
+
+    Features: [Q, D] and [G, D]. People and cameras: whole numbers [Q] and [G]; people from 0, of which none is special. No cameras: nothing is left
+    out.
+
+    convention: whose scores, a name in `CONVENTIONS` or a `Convention`. metric: "cosine", "euclidean", or None for the convention's. flipped:
+    features of the mirror images of query and gallery, taken in by the convention's rule. expansion, rerank: True for fast-reid's and the
+    convention's parameters. single_gallery_shot: CMC of one gallery image a person. junk: what to do with gallery images of person -1: "refuse" or
+    "drop". bootstrap: of the confidence intervals, or None. roc: TPR at FPR over all pairs too. query_names: paths, for the table of queries.
+
+    Raises UserError if no query has a match or there is no such convention; ValueError or TypeError for bad features and ids, which the message
+    names.
+    """
+    found = convention_of(convention)
+    if single_gallery_shot:
+        found = dataclasses.replace(found, single_gallery_shot=True)
+    query_features, gallery_features = feature_tensor("query", query_features), feature_tensor("gallery", gallery_features)
+    num_images = len(query_features), len(gallery_features)
+    query, gallery, kept = labels_from(query_people, gallery_people, query_cameras, gallery_cameras, num_images, junk)
+    notes = []
+    if flipped is not None:
+        query_features = combine_flipped(query_features, feature_tensor("flipped query", flipped[0]), found.flip)
+        gallery_features = combine_flipped(gallery_features, feature_tensor("flipped gallery", flipped[1]), found.flip)
+        notes.append("mirror images taken in")
+    if not kept.all():
+        notes.append(f"{int((~kept).sum())} junk images dropped")
+        gallery_features = gallery_features[torch.from_numpy(kept)]
+    if query_cameras is None:
+        notes.append("no cameras, nothing left out")
+    scoring = ScoringConfig(
+        convention=found,
+        metric=metric,
+        reranking=found.reranking if rerank is True else rerank or None,
+        expansion=QueryExpansion() if expansion is True else expansion or None,
+        bootstrap=bootstrap,
+        roc=roc,
+        max_rank=max_rank,
+    )
+    return score(query_features, gallery_features, query, gallery, scoring=scoring, names=query_names, notes=notes)
 
 
 def whitened(
@@ -118,7 +277,7 @@ def whitened(
     return white_query, white_gallery
 
 
-def evaluate_features(
+def score_variants(
     query_features: Mapping[str, FeatureArray],
     gallery_features: Mapping[str, FeatureArray],
     query: Labels,
@@ -126,6 +285,9 @@ def evaluate_features(
     *,
     unlabelled_features: Mapping[str, FeatureArray] | None = None,
     metrics: Sequence[Metric] = ("cosine",),
+    scoring: ScoringConfig = ScoringConfig(),
+    names: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Scores]:
     """Scores of each feature and variant: "mean"; "mean, whitened" if there are unlabelled features; "mean, euclidean".
 
@@ -143,7 +305,7 @@ def evaluate_features(
         for variant, (queries, galleries) in variants.items():
             for metric in metrics:
                 suffix = "" if metric == "cosine" else f", {metric}"
-                found = score(queries[name], galleries[name], query, gallery, metric=metric)
+                found = score(queries[name], galleries[name], query, gallery, metric=metric, scoring=scoring, names=names, notes=notes)
                 scores[name + variant + suffix] = found
     return scores
 
@@ -155,28 +317,63 @@ def evaluate(
     size: tuple[int, int],
     unlabelled: Sequence[PersonImage] | Sequence[Path] = (),
     metrics: Sequence[Metric] = ("cosine",),
+    scoring: ScoringConfig = ScoringConfig(),
     batch_size: int = 64,
     num_threads: int = 2,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Features and scores of a describer on a set; see `extract_features` and `evaluate_features`.
+    """Features and scores of a describer on a set; see `extract_features` and `score_variants`.
 
-    unlabelled: images that whitening is fitted on; without them there are no whitened scores.
+    unlabelled: images that whitening is fitted on; without them there are no whitened scores. A set without cameras is scored without leaving
+    anything out, and one of single gallery shots has such a CMC curve.
     """
 
     def extract(images: Sequence[PersonImage] | Sequence[Path]) -> dict[str, FeatureArray]:
-        return extract_features(
-            describe, images, size=size, batch_size=batch_size, num_threads=num_threads, device=device
-        )
+        return extract_features(describe, images, size=size, batch_size=batch_size, num_threads=num_threads, device=device)
 
     query, gallery = extract(reid_set.query), extract(reid_set.gallery)
     fitted_on = extract(unlabelled) if unlabelled else None
-    scores = evaluate_features(
+    labels = labels_of(reid_set.query), labels_of(reid_set.gallery)
+    notes = []
+    if not getattr(reid_set, "has_cameras", True):
+        labels = without_cameras(*labels)
+        notes.append("no cameras, nothing left out")
+    if getattr(reid_set, "single_gallery_shot", False):
+        scoring = dataclasses.replace(scoring, convention=dataclasses.replace(scoring.convention, single_gallery_shot=True))
+    scores = score_variants(
         query,
         gallery,
-        labels_of(reid_set.query),
-        labels_of(reid_set.gallery),
+        *labels,
         unlabelled_features=fitted_on,
         metrics=metrics,
+        scoring=scoring,
+        names=[str(image.path) for image in reid_set.query],
+        notes=notes,
     )
     return Evaluation(scores, query, gallery, fitted_on)
+
+
+def without_cameras(query: Labels, gallery: Labels) -> tuple[Labels, Labels]:
+    """The labels of a set that has no cameras: all queries from one, the whole gallery from another, so that nothing is left out."""
+    return (
+        Labels(query.people, np.full(len(query), QUERY_CAMERA, np.int64)),
+        Labels(gallery.people, np.full(len(gallery), GALLERY_CAMERA, np.int64)),
+    )
+
+
+def _part(labels: Labels, rows: slice) -> Labels:
+    return Labels(labels.people[rows], labels.cameras[rows])
+
+
+def _match_ranks(query_features: Tensor, gallery_features: Tensor, query: Labels, gallery: Labels, metric: Metric) -> MatchRanks:
+    """The ranks of all matches from features."""
+    tiles = distance_tiles(query_features, gallery_features, metric)
+    return _concatenated([match_ranks_of_distances(distance, _part(query, rows), gallery) for rows, distance in tiles])
+
+
+def _concatenated(parts: Sequence[MatchRanks]) -> MatchRanks:
+    """The ranks of chunks of queries as those of all, in order."""
+    starts = np.cumsum([0, *(int(part.offsets[-1]) for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    rest = ("match", "distance", "closer", "tied_before", "tied_after", "num_kept")
+    return MatchRanks(np.concatenate([*offsets, starts[-1:]]), **{name: np.concatenate([getattr(part, name) for part in parts]) for name in rest})
