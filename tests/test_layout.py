@@ -42,7 +42,7 @@ HOMES = {
     "cv2": ["personmae/data/"],
     "simplejpeg": ["personmae/data/"],
     "PIL": ["personmae/data/", "personmae/visuals/"],
-    "tqdm": ["personmae/data/", "personmae/training/"],
+    "tqdm": ["personmae/data/", "personmae/evaluation/progress.py", "personmae/training/"],
     "tyro": ["personmae/configs.py", "personmae/recipes.py", "personmae/tasks/", "personmae/cli.py"],
 }
 # These may be missing, so nothing imports them before they are used.
