@@ -277,14 +277,30 @@ def test_claims_are_compared_with_what_is_there(tmp_path: Path, monkeypatch: pyt
             claim.writestr(name, header.getvalue() + bytes(64) if name == "gallery_features.npy" else honest.read(name))
     with pytest.raises(UserError, match=r"gallery_features says it is \[10000000, 4096\] float32, 152\.59 GiB, but"):
         read_feature_file(tmp_path / "claim.npz")
+    # A matrix of MATLAB's with 2^31 - 1 rows and columns.
+    whole = bytearray(write(tmp_path, OURS, ".mat").read_bytes())
+    place = whole.index(np.array([Q, D], np.int32).tobytes())
+    whole[place : place + 8] = np.array([2**31 - 1] * 2, np.int32).tobytes()
+    (tmp_path / "claim.mat").write_bytes(whole)
+    with pytest.raises(UserError, match=r"claim\.mat.* query_features takes [\d,.]+ GiB; this machine has"):
+        read_feature_file(tmp_path / "claim.mat")
     monkeypatch.setattr(feature_containers.os, "sysconf", lambda name: 7)
-    for suffix in (".npz", ".mat", ".pt"):
+    for suffix in (".npz", ".pt"):
         with pytest.raises(UserError, match=r"GiB; this machine has 0\.0 GiB of memory"):
             read_feature_file(write(tmp_path, OURS, suffix))
 
 
+def test_a_matlab_file_that_crashes_its_reader_is_damaged(tmp_path: Path) -> None:
+    whole = bytearray(write(tmp_path, OURS, ".mat").read_bytes())
+    # A type of data that does not exist, on which scipy 1.17 reads outside its table.
+    whole[whole.index(b"gallery_people") + 17] = 1
+    (tmp_path / "features.mat").write_bytes(whole)
+    with pytest.raises(UserError, match=r"features\.mat cannot be read as a MATLAB file"):
+        read_feature_file(tmp_path / "features.mat")
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(suffix=st.sampled_from([".npz", ".mat", ".pt"]), data=st.data())
+@given(suffix=st.sampled_from([".npz", ".pt"]), data=st.data())
 def test_damage_is_a_user_error_or_does_no_harm(tmp_path: Path, suffix: str, data: st.DataObject) -> None:
     whole = bytearray(write(tmp_path, OURS, suffix).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):

@@ -34,7 +34,7 @@ HOMES = {
     "xformers": ["personmae/models/attention.py"],
     "faiss": ["personmae/evaluation/neighbours.py"],
     "sklearn": ["personmae/evaluation/clustering.py"],
-    "scipy": ["personmae/evaluation/feature_containers.py"],
+    "scipy": ["personmae/evaluation/matlab_to_npz.py"],
     "matplotlib": ["personmae/visuals/"],
     "triton": ["kernels/"],
     "apex": ["personmae/training/optimisers.py"],

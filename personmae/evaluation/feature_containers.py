@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import subprocess
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from personmae.configs import UserError
+from personmae.evaluation import matlab_to_npz
 
 Variables = dict[str, Callable[[], npt.NDArray[Any]]]
 
@@ -30,7 +34,6 @@ _DAMAGED = (
     EOFError,
     TypeError,
     AttributeError,
-    NameError,
     ArithmeticError,
     AssertionError,
     MemoryError,
@@ -66,23 +69,19 @@ def read_npz(path: Path) -> Variables:
 
 def read_mat(path: Path) -> Variables:
     """The variables of a MATLAB file up to version 7. Raises UserError naming the file if it is damaged or of version 7.3 (an HDF5 file)."""
-    from scipy.io import loadmat, matlab, whosmat
-
-    try:
-        names = {name: shape for name, shape, _ in whosmat(path)}
-    except NotImplementedError as error:
-        raise UserError(f"{path} is a MATLAB file of version 7.3; save it with -v7, or give the arrays as .npz") from error
-    except (*_DAMAGED, matlab.MatReadError) as error:
-        raise UserError(f"{path} cannot be read as a MATLAB file: {error}") from error
-
-    def read(name: str) -> npt.NDArray[Any]:
-        check_memory(path, name, 8 * int(np.prod([int(length) for length in names[name]], dtype=object)))
-        try:
-            return np.asarray(loadmat(path, variable_names=[name])[name])
-        except (*_DAMAGED, matlab.MatReadError) as error:
-            raise UserError(f"{path}: {name} cannot be read: {error}") from error
-
-    return {name: lambda name=name: read(name) for name in names}  # type: ignore[misc]
+    with tempfile.TemporaryDirectory(prefix="personmae-") as folder:
+        converted = Path(folder) / "converted.npz"
+        program = str(Path(matlab_to_npz.__file__).resolve())
+        # In a process of its own, which a damaged file may crash. -P: the folder of the program hides no package from it.
+        command = [sys.executable, "-P", program, str(path.resolve()), str(converted)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if ended.returncode == matlab_to_npz.REFUSED:
+            raise UserError(f"{path}: {ended.stdout.strip()}")
+        if ended.returncode:
+            how = ended.stderr.strip().splitlines()[-1] if ended.returncode > 0 and ended.stderr.strip() else "its reader crashed"
+            raise UserError(f"{path} cannot be read as a MATLAB file: {how}")
+        arrays = {name: read() for name, read in read_npz(converted).items()}
+    return {name: lambda array=array: array for name, array in arrays.items()}  # type: ignore[misc]
 
 
 def read_torch(path: Path) -> Variables:

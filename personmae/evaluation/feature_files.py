@@ -259,12 +259,10 @@ def _whole_numbers(content: _Content, name: str) -> IntArray:
 
 def _texts(content: _Content, name: str) -> list[str]:
     array = _column(content, name)
-    # A cell array of MATLAB holds an array in each cell; a matrix of characters comes padded with blanks.
-    entries = [entry.ravel()[0] if isinstance(entry, np.ndarray) and entry.size == 1 else entry for entry in array.tolist()]
-    if not all(isinstance(entry, str | bytes | int | np.integer) for entry in entries):
+    entries = array.tolist()
+    if not all(isinstance(entry, str | bytes | int) for entry in entries):
         raise UserError(f"{content.path}: {name} holds something that is no text")
-    texts = [os.fsdecode(entry) if isinstance(entry, str | bytes) else str(entry) for entry in entries]
-    return [text.rstrip() for text in texts] if content.path.suffix.lower() == ".mat" else texts
+    return [os.fsdecode(entry) if isinstance(entry, str | bytes) else str(entry) for entry in entries]
 
 
 def _column(content: _Content, name: str) -> npt.NDArray[Any]:
