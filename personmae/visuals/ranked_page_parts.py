@@ -131,7 +131,8 @@ def page(title: str, subtitle: str, notes: Sequence[str], data: str) -> str:
 <button type="button" id="reset">reset</button>
 </div>
 <div class="turn"><h2 id="queries-title">Queries <span id="status" role="status" aria-live="polite"></span></h2>
-<div id="legend" hidden><span>attention, as a multiple of an even share:</span><span>0</span><span id="legend-bar"></span><span id="legend-full"></span></div>
+<div id="legend" hidden><span>attention, as a multiple of an even share:</span>
+<span>0</span><span id="legend-bar"></span><span id="legend-full"></span></div>
 {_turn("above")}</div>
 <div id="queries"></div>
 <div class="turn"><span class="grow"></span>{_turn("below")}</div>

@@ -42,8 +42,8 @@ const OUTCOMES = {
 
 function readAddress() {
   state = {...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))};
-  if (!(state.sort in SORTS)) state.sort = DEFAULTS.sort;
-  if (!(state.outcome in OUTCOMES)) state.outcome = "all";
+  if (!Object.hasOwn(SORTS, state.sort)) state.sort = DEFAULTS.sort;
+  if (!Object.hasOwn(OUTCOMES, state.outcome)) state.outcome = "all";
   if (!PER_PAGE.includes(Number(state.per))) state.per = DEFAULTS.per;
   for (const name of ["sort", "person", "camera", "outcome", "per"]) byId(name).value = state[name];
   for (const name of ["own", "map"]) byId(name).checked = state[name] === "1";
