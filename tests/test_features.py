@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from personmae.configs import UserError
 from personmae.data.records import PersonImage
-from personmae.evaluation.features import extract_features, normalised
+from personmae.evaluation.features import choose_precision, extract_features, normalised
+from personmae.evaluation.progress import Progress
 
 
 @pytest.fixture
@@ -82,3 +84,76 @@ def test_normalised_feeds_a_module_its_own_units(images: list[PersonImage]) -> N
     np.testing.assert_allclose(found, (colours / 255 - mean) / std, atol=0.02)
     with pytest.raises(ValueError, match=r"call \.eval\(\)"):
         extract_features(normalised(module.train(), mean, std), images, size=(8, 4))
+
+
+def upper_left(batch: Tensor) -> dict[str, Tensor]:
+    """Spoils what it was given, as some code bases normalise in place."""
+    feature = batch[:, :2, :2].float().flatten(1)
+    batch.zero_()
+    return {"corner": feature}
+
+
+def test_flip_test_sees_the_whole_mirror_image(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 4, 3), np.uint8)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    one, other = (part[:, :2, :2].reshape(3, -1).astype(np.float64) for part in (pixels, pixels[:, :, ::-1]))
+    mean = extract_features(upper_left, paths, size=(6, 4), flip_test="mean")["corner"]
+    np.testing.assert_array_equal(mean, (one + other) / 2)
+    unit = extract_features(upper_left, paths, size=(6, 4), flip_test="unit-sum")["corner"]
+    np.testing.assert_allclose(unit, (one + other) / np.linalg.norm(one + other, axis=1, keepdims=True), rtol=1e-6)
+    np.testing.assert_array_equal(extract_features(upper_left, paths, size=(6, 4))["corner"], one)
+    with pytest.raises(ValueError, match="flip_test is 'both'"):
+        extract_features(upper_left, paths, size=(6, 4), flip_test="both")  # type: ignore[arg-type]
+    zero = extract_features(lambda batch: {"zero": batch.float().mean(dim=(1, 2)) * 0}, paths, size=(6, 4), flip_test="unit-sum")
+    assert not zero["zero"].any()
+
+
+def test_precision_is_that_of_the_products(images: list[PersonImage]) -> None:
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def describe(batch: Tensor) -> dict[str, Tensor]:
+        product = batch.float().mean(dim=(1, 2)) @ weight
+        seen.append(product.dtype)
+        return {"product": product}
+
+    for precision in ("auto", "fp32", "bf16"):
+        found = extract_features(describe, images, size=(8, 4), precision=precision)  # type: ignore[arg-type]
+        assert found["product"].dtype == np.float32
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    with pytest.raises(ValueError, match="precision is 'fp16'"):
+        extract_features(describe, images, size=(8, 4), precision="fp16")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_bf16_is_taken_by_itself_on_a_gpu(images: list[PersonImage]) -> None:
+    assert choose_precision("auto", torch.device("cuda")) == torch.bfloat16
+    found = extract_features(mean_colour, images, size=(8, 4), batch_size=3, device="cuda")
+    np.testing.assert_array_equal(found["colour"], extract_features(mean_colour, images, size=(8, 4))["colour"])
+
+
+def test_progress_is_a_line_every_ten_seconds() -> None:
+    now, stream = 100.0, io.StringIO()
+    with Progress(100, "features", stream=stream, clock=lambda: now) as bar:
+        for _ in range(10):
+            now += 4.0
+            bar.advance(10)
+    lines = stream.getvalue().splitlines()
+    assert lines == [f"features: {done} of 100, 2.5 img/s, {rest} s to go" for done, rest in ((30, 28), (60, 16), (90, 4))]
+    with Progress(100, "features", stream=stream, shown=False, clock=lambda: now) as bar:
+        now += 60
+        bar.advance(50)
+    assert stream.getvalue().splitlines() == lines
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with Progress(8, "features", stream=stream) as bar:
+        bar.advance(8)
+    assert "features:" in stream.getvalue()

@@ -34,6 +34,7 @@ HOMES = {
     "xformers": ["personmae/models/attention.py"],
     "faiss": ["personmae/evaluation/neighbours.py"],
     "sklearn": ["personmae/evaluation/clustering.py"],
+    "scipy": ["personmae/evaluation/matlab_to_npz.py"],
     "matplotlib": ["personmae/visuals/"],
     "triton": ["kernels/"],
     "apex": ["personmae/training/optimisers.py"],
@@ -42,7 +43,7 @@ HOMES = {
     "cv2": ["personmae/data/"],
     "simplejpeg": ["personmae/data/"],
     "PIL": ["personmae/data/", "personmae/visuals/"],
-    "tqdm": ["personmae/data/", "personmae/training/"],
+    "tqdm": ["personmae/data/", "personmae/evaluation/progress.py", "personmae/training/"],
     "tyro": ["personmae/configs.py", "personmae/recipes.py", "personmae/tasks/", "personmae/cli.py"],
 }
 # These may be missing, so nothing imports them before they are used.

@@ -118,7 +118,7 @@ def _draw_row(
         else:
             right = image.person == query.person
             sheet.paste(_framed(image, size, RIGHT if right else WRONG), (x, y))
-            _mark(draw, x + size[1] - 1, y, right)
+            mark(draw, x + size[1] - 1, y, right)
 
 
 def _framed(image: PersonImage, size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
@@ -127,7 +127,7 @@ def _framed(image: PersonImage, size: tuple[int, int], colour: tuple[int, int, i
     return picture
 
 
-def _mark(draw: ImageDraw.ImageDraw, right_px: int, top_px: int, right: bool) -> None:
+def mark(draw: ImageDraw.ImageDraw, right_px: int, top_px: int, right: bool) -> None:
     """A tick or a cross on a badge in the upper right corner."""
     x, y = right_px - 18, top_px
     draw.rectangle((x, y, right_px, y + 18), fill=RIGHT if right else WRONG)
