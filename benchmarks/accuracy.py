@@ -54,7 +54,7 @@ def evaluate_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]
     if done < (config.schedule.steps or 0):
         raise UserError(f"stopped at step {done}; the same command continues")
     seconds = time.perf_counter() - started
-    rows = retrieval.main(RetrievalConfig(weights=run_dir, data=data.root))
+    rows = retrieval.main(RetrievalConfig(checkpoint=(run_dir,), data=(str(data.root),)))
     return [{"seed": seed, "pretraining_seconds": round(seconds), **row} for row in rows]
 
 

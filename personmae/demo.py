@@ -26,7 +26,7 @@ def main(config: DemoConfig) -> Path:
     done = pretrain.main(run)
     if done < (schedule.steps or 0):
         raise UserError(f"the demo was stopped at step {done}; the same command continues it")
-    retrieval.main(RetrievalConfig(weights=run.run_dir, data=data.root))
+    retrieval.main(RetrievalConfig(checkpoint=(run.run_dir,), data=(str(data.root),), page=True, attention=True))
     report = (run.run_dir / "report.html").resolve()
     print(f"\n{time.perf_counter() - start:.0f} s in all. Open the report: {report.as_uri()}")
     return report

@@ -104,14 +104,28 @@ FREE_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """A zero-shot evaluation."""
+    """Retrieval scores of encoders on labelled sets, or of features that other code has written."""
 
-    weights: Annotated[Path, tyro.conf.Positional]  # a run folder, or an encoder.safetensors
-    data: Path  # a labelled set in Market-1501's layout: query/ and bounding_box_test/
+    checkpoint: tuple[Path, ...] = ()  # run folders, or encoder.safetensors files
+    data: tuple[str, ...] = ()  # sets, each NAME=FOLDER (market1501=/data/market; `personmae data check --help` has the names), or a folder or CSV alone
+    features: tuple[Path, ...] = ()  # instead of both: .npz, .mat or .pt files with features and labels of queries and gallery
+    convention: Annotated[str, tyro.conf.arg(name="as")] = "standard"  # whose rules: transreid, fast-reid, torchreid, cluster-contrast, ...
+    metric: Literal["auto", "cosine", "euclidean"] = "auto"  # auto: that of the rules
+    flip: bool = False  # take in the features of the mirror images, by the rules
+    rerank: Literal["no", "own", "classic", "fast-reid"] = "no"  # k-reciprocal re-ranking; own: with the parameters of the rules
+    expand: bool = False  # average query expansion
+    roc: bool = False  # true positive rates at fixed false positive rates, over all pairs
+    num_resamples: int = 1000  # of people, for confidence intervals; 0: none
+    split: int | Literal["all"] = 0  # of sets with several; all: each, and their mean
+    compare: bool = True  # also the same network at random initialisation, and a colour histogram
     unlabelled: Path | None = None  # images that whitening is fitted on; by default those the run was trained on
     num_unlabelled: int = 2000  # of them, spread evenly
-    compare: bool = True  # also the same network at random initialisation, and a colour histogram
+    output: Path | None = None  # folder for scores, tables of queries and pages; by default RUN/evaluation, none for what is no run
+    page: bool = False  # a page to browse the ranked lists
+    attention: bool = False  # on that page, where the encoder looks
+    cache: bool = True  # keep features in the user's cache, by the content of images and weights
     device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA
     batch_size: int = 128
     num_threads: int = 2  # that read images
 
@@ -119,6 +133,12 @@ class RetrievalConfig:
         require_positive(self, "batch_size", "num_threads")
         if self.num_unlabelled < 2:
             raise UserError(f"num_unlabelled is {self.num_unlabelled}; whitening needs at least 2 images")
+        if self.num_resamples < 0 or self.num_resamples == 1:
+            raise UserError(f"num_resamples is {self.num_resamples}; it must be 0 (no intervals) or at least 2")
+        if self.features and (self.checkpoint or self.data):
+            raise UserError("features hold the labels of their set: give either --features, or --checkpoint with --data")
+        if not self.features and not (self.checkpoint and self.data):
+            raise UserError("give --checkpoint RUN --data SET, or --features FILE")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,9 +72,17 @@ def run_dir(tmp_path: Path) -> Path:
         "ranked_lists": ["pictures/ranked_lists_after.png", "pictures/gone.png", "../../secret.png", "config.json"],
         "notes": ["<script>document.title = 'taken over'</script>"],
     }
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    write_evaluations(folder, evaluation)
     Image.new("RGB", (10, 10)).save(tmp_path / "secret.png")
     return folder
+
+
+def write_evaluations(folder: Path, *evaluations: object) -> None:
+    (folder / "evaluation.json").write_text(json.dumps({"evaluations": evaluations}))
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text())["evaluations"][0]
 
 
 def words(page: str) -> str:
@@ -109,19 +118,34 @@ def test_a_whole_run_is_told(run_dir: Path) -> None:
 
 
 def test_the_gain_can_be_a_loss(run_dir: Path) -> None:
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_evaluation(run_dir)
     evaluation["rows"] = [row("random initialisation", "class", 0.05), row("pre-trained", "class", 0.04)]
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    write_evaluations(run_dir, evaluation)
     assert "1.0 points below random initialisation" in words(write_report(run_dir).read_text())
     evaluation["rows"] = [row("pre-trained", "class", 0.04)]
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    write_evaluations(run_dir, evaluation)
     assert "no gain to state" in words(write_report(run_dir).read_text())
 
 
+def test_each_set_has_its_scores_and_its_page(run_dir: Path) -> None:
+    first = read_evaluation(run_dir)
+    interval = {**row("pre-trained", "mean", 0.5), "intervals": {"mAP": [0.4321, 0.5678]}}
+    second = {"set": "a <second> set", "rows": [interval], "page": "evaluation/second set/index.html", "notes": ["said once"]}
+    third = {"set": "third", "rows": [], "page": "../../elsewhere.html", "notes": ["said once"]}
+    write_evaluations(run_dir, first, second, third)
+    page = write_report(run_dir).read_text()
+    said = words(page)
+    assert "evaluated on Mannequins <demo>, a <second> set, third" in said
+    assert "[43.2, 56.8]" in said
+    assert said.count("said once") == 1
+    assert 'href="evaluation/second%20set/index.html"' in page
+    assert "elsewhere" not in page
+
+
 def test_text_from_files_is_escaped_and_nothing_is_requested(run_dir: Path) -> None:
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = read_evaluation(run_dir)
     evaluation["ranked_lists"].append('pictures/a" onerror="b.png')
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    write_evaluations(run_dir, evaluation)
     shutil.copy(run_dir / "pictures" / "ranked_lists_after.png", run_dir / evaluation["ranked_lists"][-1])
     page = write_report(run_dir).read_text()
     assert "onerror=&quot;" in page

@@ -7,7 +7,7 @@ and ties, `whitening` the whitened variants.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from personmae.data.reid import ReidSet
 from personmae.evaluation.confidence import Bootstrap
 from personmae.evaluation.conventions import CONVENTIONS, Convention, Reranking, convention_of
 from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand
-from personmae.evaluation.features import Describe, FeatureArray, extract_features
+from personmae.evaluation.feature_cache import FeatureCache
+from personmae.evaluation.features import Describe, FeatureArray, Precision, extract_features
 from personmae.evaluation.inputs import GALLERY_CAMERA, QUERY_CAMERA, Junk, count_zero_rows, feature_tensor, labels_from
 from personmae.evaluation.ranking import FloatArray, Labels, MatchRanks, Metric, distances, labels_of, match_ranks_of_distances
 from personmae.evaluation.scores import MAX_RANK, Scores, score_ranks
@@ -61,6 +62,22 @@ class Evaluation:
     query_features: dict[str, FeatureArray]
     gallery_features: dict[str, FeatureArray]
     unlabelled_features: dict[str, FeatureArray] | None
+
+    @property
+    def headline(self) -> str:
+        """The feature that stands for an encoder: of the mean of the patch tokens, whitened if it is, else of the first feature."""
+        wanted = [name for name in self.scores if name.split(", ")[0] == "mean"] or list(self.scores)
+        return next((name for name in wanted if "whitened" in name.split(", ")), wanted[0])
+
+    def headline_features(self) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+        """Its features of queries [Q, D] and gallery [G, D], as they were scored."""
+        name, *variants = self.headline.split(", ")
+        query, gallery = {name: self.query_features[name]}, {name: self.gallery_features[name]}
+        if "whitened" not in variants:
+            return query[name], gallery[name]
+        assert self.unlabelled_features is not None
+        white_query, white_gallery = whitened(query, gallery, {name: self.unlabelled_features[name]})
+        return white_query[name], white_gallery[name]
 
 
 def score(
@@ -318,32 +335,45 @@ def evaluate(
     unlabelled: Sequence[PersonImage] | Sequence[Path] = (),
     metrics: Sequence[Metric] = ("cosine",),
     scoring: ScoringConfig = ScoringConfig(),
+    flip: bool = False,
     batch_size: int = 64,
     num_threads: int = 2,
     device: torch.device | str = "cpu",
+    precision: Precision = "auto",
+    cache: FeatureCache | None = None,
+    announce: Callable[[str], object] = print,
 ) -> Evaluation:
     """Features and scores of a describer on a set; see `extract_features` and `score_variants`.
 
-    unlabelled: images that whitening is fitted on; without them there are no whitened scores. A set without cameras is scored without leaving
-    anything out, and one of single gallery shots has such a CMC curve.
+    unlabelled: images that whitening is fitted on; without them there are no whitened scores. flip: take in the features of the mirror images, by
+    the convention's rule. A set without cameras is scored without leaving anything out, and one of single gallery shots has such a CMC curve.
     """
 
     def extract(images: Sequence[PersonImage] | Sequence[Path]) -> dict[str, FeatureArray]:
-        return extract_features(describe, images, size=size, batch_size=batch_size, num_threads=num_threads, device=device)
+        return extract_features(
+            describe,
+            images,
+            size=size,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device=device,
+            precision=precision,
+            flip_test=scoring.convention.flip if flip else "none",
+            cache=cache,
+            announce=announce,
+        )
 
     query, gallery = extract(reid_set.query), extract(reid_set.gallery)
     fitted_on = extract(unlabelled) if unlabelled else None
-    labels = labels_of(reid_set.query), labels_of(reid_set.gallery)
-    notes = []
-    if not getattr(reid_set, "has_cameras", True):
-        labels = without_cameras(*labels)
+    notes = [*reid_set.notes, *(["mirror images taken in"] if flip else [])]
+    if not reid_set.has_cameras:
         notes.append("no cameras, nothing left out")
-    if getattr(reid_set, "single_gallery_shot", False):
+    if reid_set.single_gallery_shot:
         scoring = dataclasses.replace(scoring, convention=dataclasses.replace(scoring.convention, single_gallery_shot=True))
     scores = score_variants(
         query,
         gallery,
-        *labels,
+        *labels_of_set(reid_set),
         unlabelled_features=fitted_on,
         metrics=metrics,
         scoring=scoring,
@@ -351,6 +381,13 @@ def evaluate(
         notes=notes,
     )
     return Evaluation(scores, query, gallery, fitted_on)
+
+
+def labels_of_set(reid_set: ReidSet) -> tuple[Labels, Labels]:
+    """Labels of query and gallery; of a set that has no cameras as if all queries were from one and the whole gallery from another, so that nothing
+    is left out."""
+    query, gallery = labels_of(reid_set.query), labels_of(reid_set.gallery)
+    return (query, gallery) if reid_set.has_cameras else without_cameras(query, gallery)
 
 
 def without_cameras(query: Labels, gallery: Labels) -> tuple[Labels, Labels]:

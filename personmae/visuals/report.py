@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,20 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise UserError(f"no such run folder: {run_dir}; give the folder that a run has written")
     config, config_problem = _read_json(run_dir / "config.json", "config.json was not written.")
-    evaluation, evaluation_problem = _read_json(run_dir / "evaluation.json", "No evaluation was run.")
+    content, evaluation_problem = _read_json(run_dir / "evaluation.json", "No evaluation was run.")
+    # One for each set; without any, what is missing is said once.
+    evaluations = entries(content, "evaluations") or [{}]
     metrics = read_metrics(run_dir / "metrics.jsonl")
     sections = [
-        ("scores", "Scores", score_section(evaluation, evaluation_problem)),
+        ("scores", "Scores", "".join(score_section(evaluation, evaluation_problem) for evaluation in evaluations)),
         ("run", "What was run", _summary(config, config_problem, metrics)),
         ("curves", "Curves", _curves(metrics)),
         ("reconstructions", "Reconstructions", _reconstructions(run_dir, config)),
-        ("ranked-lists", "Ranked lists", _ranked_lists(run_dir, evaluation)),
-        ("notes", "Notes", _notes(evaluation)),
+        ("ranked-lists", "Ranked lists", _ranked_lists(run_dir, evaluations)),
+        ("notes", "Notes", _notes(evaluations)),
         ("environment", "Versions and machine", _environment(config)),
     ]
-    page = _page(run_dir.resolve().name, _subtitle(config, metrics, evaluation), sections)
+    page = _page(run_dir.resolve().name, _subtitle(config, metrics, evaluations), sections)
     report = run_dir / REPORT_NAME
     partial = run_dir / f"{REPORT_NAME}.partial"
     try:
@@ -116,7 +119,7 @@ def _page(name: str, subtitle: str, sections: Sequence[tuple[str, str, str]]) ->
 """
 
 
-def _subtitle(config: Any, metrics: Metrics, evaluation: Any) -> str:
+def _subtitle(config: Any, metrics: Metrics, evaluations: Sequence[Any]) -> str:
     parts = []
     if metrics.rows:
         last = metrics.rows[-1]
@@ -132,8 +135,8 @@ def _subtitle(config: Any, metrics: Metrics, evaluation: Any) -> str:
             parts.append(f"epoch {last['epoch']:g}")
     else:
         parts.append("no training was logged")
-    reid_set = evaluation.get("set") if isinstance(evaluation, Mapping) else None
-    parts.append(f"evaluated on {text(reid_set)}" if reid_set else "not evaluated")
+    sets = [str(reid_set) for evaluation in evaluations if (reid_set := setting(evaluation, "set"))]
+    parts.append(f"evaluated on {text(', '.join(sets))}" if sets else "not evaluated")
     return " · ".join(parts)
 
 
@@ -205,9 +208,14 @@ def _reconstructions(run_dir: Path, config: Any) -> str:
     return f'<p class="small">{note}</p>{figures[0]}{earlier}'
 
 
-def _ranked_lists(run_dir: Path, evaluation: Any) -> str:
+def _ranked_lists(run_dir: Path, evaluations: Sequence[Any]) -> str:
     figures = []
-    for name in entries(evaluation, "ranked_lists"):
+    for evaluation in evaluations:
+        page = setting(evaluation, "page")
+        if isinstance(page, str) and (run_dir / page).resolve().is_relative_to(run_dir.resolve()):
+            link = f'<a href="{text(urllib.parse.quote(page))}">All ranked lists on {text(setting(evaluation, "set"))}, to browse</a>'
+            figures.append(f"<p>{link}: worst queries first, by camera and person.</p>")
+    for name in [name for evaluation in evaluations for name in entries(evaluation, "ranked_lists")]:
         path = (run_dir / str(name)).resolve()
         title = path.stem.replace("_", " ").capitalize()
         if path.is_relative_to(run_dir.resolve()) and path.suffix in MIME:
@@ -218,8 +226,9 @@ def _ranked_lists(run_dir: Path, evaluation: Any) -> str:
     return "".join(figures) or missing("No ranked list was drawn.")
 
 
-def _notes(evaluation: Any) -> str:
-    notes = "".join(f"<li>{text(note)}</li>" for note in entries(evaluation, "notes"))
+def _notes(evaluations: Sequence[Any]) -> str:
+    said = dict.fromkeys(str(note) for evaluation in evaluations for note in entries(evaluation, "notes"))
+    notes = "".join(f"<li>{text(note)}</li>" for note in said)
     return f"<ul>{notes}</ul>" if notes else '<p class="quiet">None.</p>'
 
 

@@ -18,7 +18,7 @@ _EXPLANATION = (
     "mAP: mean average precision. rank-k: share of queries with a right image among the k nearest. mINP: mean inverse "
     "negative penalty. Images of the query's person from the query's own camera are left out; distractors "
     "stay; ties go to the smaller gallery index. Cosine unless said otherwise. Whitened: after a PCA fitted on images "
-    "without labels."
+    "without labels. In brackets: 95 % confidence interval by bootstrap over people."
 )
 
 
@@ -48,7 +48,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         model, feature = row.get("model", "?"), row.get("feature", "?")
         kinds = [kind for kind, holds in (("pretrained", model == PRETRAINED), ("first", model != previous)) if holds]
-        cells = "".join(_cell(row.get(key), best[key], bar=key == "mAP") for key in best)
+        cells = "".join(_cell(row.get(key), best[key], entries(row, f"intervals.{key}"), bar=key == "mAP") for key in best)
         # The name stands in every row for screen readers; the style shows it once for each group.
         names = f'<th scope="row">{text(model)}</th><td>{text(feature)}</td>'
         body.append(f'<tr class="{" ".join(kinds)}">{names}{cells}</tr>')
@@ -56,14 +56,22 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{head}<tbody>{''.join(body)}</tbody>"
 
 
-def _cell(value: Any, best: float, *, bar: bool) -> str:
+def _cell(value: Any, best: float, interval: Sequence[Any], *, bar: bool) -> str:
     if not is_number(value):
         return '<td class="number">&ndash;</td>'
     number = f"<strong>{100 * value:.1f}</strong>" if value == best else f"{100 * value:.1f}"
+    if ends := _interval(interval):
+        number += f' <span class="quiet">{ends}</span>'
     if not bar:
         return f'<td class="number">{number}</td>'
     share = 100 * value / best if best > 0 else 0
     return f'<td class="number bar" style="--share:{share:.1f}%">{number}</td>'
+
+
+def _interval(ends: Sequence[Any]) -> str:
+    if len(ends) != 2 or not all(is_number(end) for end in ends):
+        return ""
+    return f"[{100 * ends[0]:.1f},&nbsp;{100 * ends[1]:.1f}]"
 
 
 def _headline(rows: Sequence[Mapping[str, Any]]) -> str:

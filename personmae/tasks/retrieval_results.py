@@ -1,0 +1,72 @@
+"""What an evaluation leaves: files of scores, a page to browse ranked lists, pictures for the report of a run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from personmae.configs import UserError
+from personmae.data.reid import ReidSet
+from personmae.evaluation.protocol import Evaluation, ScoringConfig, labels_of_set
+from personmae.evaluation.score_files import write_query_table, write_scores
+from personmae.evaluation.scores import Scores
+from personmae.models.vit import VisionTransformer
+from personmae.visuals.attention_maps import maps_of_files
+from personmae.visuals.ranked_lists import choose_queries, ranked_list_picture
+from personmae.visuals.ranked_page import rank_queries, write_ranked_page
+from personmae.visuals.report_scores import PRETRAINED, RANDOM
+
+
+def write_score_files(folder: Path, scores: Mapping[str, Scores], headline: str, **about: Any) -> None:
+    """scores.json of all features, and queries.csv of the headline's. about: what stands beside the scores. Raises UserError if the disk refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_scores(folder / "scores.json", scores, **about)
+        write_query_table(folder / "queries.csv", scores[headline])
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def write_browsing_page(
+    folder: Path, reid_set: ReidSet, evaluation: Evaluation, scoring: ScoringConfig, encoder: VisionTransformer | None
+) -> Path:
+    """The page of the headline feature's ranked lists. encoder: lays over the images where it looks; None for a page without that."""
+    scores = evaluation.scores[evaluation.headline]
+    query, gallery = evaluation.headline_features()
+    lists = rank_queries(query, gallery, *labels_of_set(reid_set), metric=scores.metric)
+    notes = []
+    if scoring.reranking or scoring.expansion:
+        notes.append("The lists are those of the features themselves, without re-ranking or query expansion.")
+    # Its class token gets no loss of its own, so the mean of the patches is asked where it looks.
+    maps = functools.partial(maps_of_files, encoder, token="mean") if encoder is not None else None
+    return write_ranked_page(
+        folder, reid_set.query, reid_set.gallery, lists, title=reid_set.name, subtitle=f"{evaluation.headline}: {scores}", notes=notes, maps=maps
+    )
+
+
+def draw_ranked_lists(run: Path, label: str, reid_set: ReidSet, evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """Ranked lists of the headline feature after and before pre-training, for the same queries; paths within the run."""
+    after = evaluations[PRETRAINED]
+    chosen = choose_queries(after.scores[after.headline].average_precision)
+    pictures = []
+    for model, word in ((RANDOM, "before"), (PRETRAINED, "after")):
+        if model not in evaluations:
+            continue
+        query, gallery = evaluations[model].headline_features()
+        picture = ranked_list_picture(
+            reid_set.query,
+            reid_set.gallery,
+            query,
+            gallery,
+            chosen=chosen,
+            chosen_by="the pre-trained network",
+            title=f"{label}: {word} pre-training",
+            metric=after.scores[after.headline].metric,
+        )
+        relative = f"pictures/ranked_lists_{label.replace(' ', '-')}_{word}.png"
+        (run / "pictures").mkdir(exist_ok=True)
+        picture.save(run / relative)
+        pictures.append(relative)
+    return pictures
