@@ -14,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from personmae.configs import UserError
 from personmae.data.records import PersonImage
 from personmae.data.reid.market import is_market_layout, read_market_layout
 from personmae.data.reid.matlab import read_mat
 from personmae.data.reid.names import list_images, parse_cuhk03, who_is_on
 from personmae.data.reid.sets import ReidSet, by_name
-from personmae.data.reid.splits import Split, by_folder_and_name, check_number, read_split
+from personmae.data.reid.splits import Split, by_folder_and_name, read_split
 
 Kind = Literal["labeled", "detected"]
 NUM_CLASSIC_SPLITS = 20
@@ -88,9 +90,11 @@ def _read_mat_split(file: Path, images: list[PersonImage]) -> Split:
     parts = []
     for variable in _MAT_NAMES[1:]:
         part = []
+        # MATLAB counts from 1.
         for index in content[variable].flatten().tolist():
-            # MATLAB counts from 1.
-            name = names[check_number(int(index) - 1, len(names), f"the list of files in {file}")]
+            if not isinstance(index, int | float) or not 1 <= index <= len(names):
+                raise UserError(f"{file}: {variable} names file {index} of {len(names)}")
+            name = names[int(index) - 1]
             if name not in existing:
                 raise UserError(f"{file} names {name}, which is not among the images in {images[0].path.parent}; complete them")
             part.append(existing[name])
@@ -100,7 +104,7 @@ def _read_mat_split(file: Path, images: list[PersonImage]) -> Split:
 
 def _unwrapped(cell: Any) -> Any:
     # A cell array of strings comes as arrays of one string each.
-    while hasattr(cell, "flatten") and cell.size:
+    while isinstance(cell, np.ndarray) and cell.size:
         cell = cell.flatten()[0]
     return cell
 

@@ -26,7 +26,7 @@ NUM_TRAIN_IMAGES = 30_248
 
 
 def has_lists(root: Path) -> bool:
-    return (root / QUERY_LIST).is_file() or (root / GALLERY_LIST).is_file() or any((root / test).is_dir() for _, test in VERSIONS.values())
+    return any((root / name).is_file() for name in (TRAIN_LIST, QUERY_LIST, GALLERY_LIST))
 
 
 def is_msmt17(root: Path) -> bool:

@@ -2,7 +2,7 @@
 
 Results are means over all splits. Splits come from a file as torchreid writes it (splits.json, splits_single_shot.json), from GRID's own
 partitions, or, where there is neither, from a fixed seed (`splits.draw_train_people`); which of these is said in the notes. VIPeR and CUHK01 count
-each half twice, as torchreid does: even splits look from the first camera to the second, odd ones back, so that splits 0 and 1 train on the same people.
+each half twice, as torchreid does: even splits look from the first camera to the second, odd ones back, so that splits 0 and 1 train alike.
 
 VIPeR: Gray, Brennan and Tao, PETS 2007. PRID-2011: Hirzer et al., SCIA 2011. GRID: Loy, Liu and Gong, 2013. CUHK01: Li, Zhao and Wang, ACCV 2012.
 """
@@ -70,9 +70,11 @@ def read_prid(root: Path, number: int) -> ReidSet:
     file = find_file(root, "splits_single_shot.json", levels=2)
     if file is not None:
         splits = read_json(file)
-        if not isinstance(splits, list) or not all(isinstance(split, dict) and isinstance(split.get("train"), list) for split in splits):
+        split = splits[check_number(number, len(splits), str(file))] if isinstance(splits, list) else None
+        people = split.get("train") if isinstance(split, dict) else None
+        if not isinstance(people, list) or not all(isinstance(person, int) for person in people):
             raise UserError(f'{file} is not a list of {{"train": [people], "test": [people]}}; remove it or write it anew')
-        train = set(splits[check_number(number, len(splits), str(file))]["train"])
+        train = set(people)
         if not train <= set(shared):
             raise UserError(f"{file} trains on a person who is not in {root}; remove the file, or complete the images")
         note = f"splits from {file}"
