@@ -55,7 +55,13 @@ def test_new_protocol_by_json(tmp_path):
 def write_mat(root, **changes):
     filelist = np.empty((len(FILES), 1), dtype=object)
     filelist[:, 0] = FILES
-    content = {"filelist": filelist, "labels": np.arange(6)[:, None], "train_idx": np.array([[1], [2]]), "query_idx": np.array([[5]]), "gallery_idx": [[6]]}
+    content = {
+        "filelist": filelist,
+        "labels": np.arange(6)[:, None],
+        "train_idx": np.array([[1], [2]]),
+        "query_idx": np.array([[5]]),
+        "gallery_idx": [[6]],
+    }
     savemat(root / "cuhk03_new_protocol_config_labeled.mat", content | changes)
 
 

@@ -60,12 +60,21 @@ def test_both_versions_in_one_folder_or_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["0000/0000_000_01_a.jpg", "0000/0000_000_01_a.jpg x", "0000/0000_000_01_a.jpg -1", "0000/0000.jpg 3", "a_1_b.jpg 0", " 7", f"0_0_1_a.jpg {2**63}"]
+    "line",
+    [
+        "0000/0000_000_01_a.jpg",
+        "0000/0000_000_01_a.jpg x",
+        "0000/0000_000_01_a.jpg -1",
+        "0000/0000.jpg 3",
+        "a_1_b.jpg 0",
+        " 7",
+        f"0_0_1_a.jpg {2**63}",
+    ],
 )
 def test_broken_lines_are_named(tmp_path, line):
     root = msmt17(tmp_path)
     (root / "list_gallery.txt").write_text("0000/0000_001_03_0303morning_0002_0.jpg 0\n" + line + "\n")
-    with pytest.raises(UserError, match="line 2|no person and camera"):
+    with pytest.raises(UserError, match=r"line 2|no person and camera"):
         open_reid_set("msmt17", root)
 
 

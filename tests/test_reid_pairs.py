@@ -113,7 +113,11 @@ def test_prid(tmp_path):
     found = open_reid_set("prid2011", tmp_path)
     assert people(found.train) == {1, 2, 5}
     assert people(found.query) == {3, 4, 6}
-    for content, message in (('[{"train": [1, 201], "test": []}]', "trains on a person"), ("[3]", "is not a list of"), ('[{"train": [[1]]}]', "is not a list of")):
+    for content, message in (
+        ('[{"train": [1, 201], "test": []}]', "trains on a person"),
+        ("[3]", "is not a list of"),
+        ('[{"train": [[1]]}]', "is not a list of"),
+    ):
         (tmp_path / "prid2011" / "splits_single_shot.json").write_text(content)
         with pytest.raises(UserError, match=message):
             open_reid_set("prid2011", tmp_path)

@@ -6,7 +6,12 @@ from reid_trees import labels, touch
 from personmae.configs import UserError
 from personmae.data.reid import open_reid_set
 
-OCCLUDED = [f"{folder}/{person:03d}/{person:03d}_{image:02d}.tif" for folder in ("occluded_body_images", "whole_body_images") for person in (1, 12) for image in (1, 2)]
+OCCLUDED = [
+    f"{folder}/{person:03d}/{person:03d}_{image:02d}.tif"
+    for folder in ("occluded_body_images", "whole_body_images")
+    for person in (1, 12)
+    for image in (1, 2)
+]
 
 
 def test_occluded_reid(tmp_path):
@@ -36,7 +41,15 @@ def test_name_and_folder_contradict(tmp_path):
 
 
 def test_partial_reid_and_ilids_are_told_apart(tmp_path):
-    reid = touch(tmp_path / "a", *(f"{folder}/{person:03d}_{image:03d}.jpg" for folder in ("partial_body_images", "whole_body_images") for person in (1, 60) for image in (1, 2)))
+    reid = touch(
+        tmp_path / "a",
+        *(
+            f"{folder}/{person:03d}_{image:03d}.jpg"
+            for folder in ("partial_body_images", "whole_body_images")
+            for person in (1, 60)
+            for image in (1, 2)
+        ),
+    )
     ilids = touch(tmp_path / "b", *(f"{folder}/{person}.jpg" for folder in ("partial_body_images", "whole_body_images") for person in (1, 2, 119)))
     assert open_reid_set(None, reid).name == "partial-reid"
     found = open_reid_set(None, ilids)

@@ -50,13 +50,12 @@ def _msmt17(description: str, with_val: bool) -> Entry:
 
 
 def _cuhk03_classic(kind: cuhk03.Kind) -> Entry:
+    def read(root: Path, split: int) -> ReidSet:
+        return cuhk03.read_classic(root, kind, split)
+
     holds = f"images_{kind} and splits_classic_{kind}.json"
     fits = partial(cuhk03.is_classic, kind=kind)
-    return Entry(f"CUHK03, {kind}, 20 classic splits", holds, ("cuhk03",), fits, partial(_read_classic, kind), cuhk03.NUM_CLASSIC_SPLITS)
-
-
-def _read_classic(kind: cuhk03.Kind, root: Path, split: int) -> ReidSet:
-    return cuhk03.read_classic(root, kind, split)
+    return Entry(f"CUHK03, {kind}, 20 classic splits", holds, ("cuhk03",), fits, read, cuhk03.NUM_CLASSIC_SPLITS)
 
 
 def _cuhk03_new(kind: cuhk03.Kind) -> Entry:

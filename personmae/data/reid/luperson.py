@@ -4,13 +4,12 @@ An LMDB (`data.mdb`) of JPEG files under keys CC_YY_VVVV_MMMMMMMM (country, city
 converter writes it, or a dict {"keys": ..., "pids" or "vids": ...}, as their loaders expect it. It has no query or gallery: it is for pre-training.
 As a folder of images it needs nothing from here: that folder is the `--data.source` of a run.
 
-A pickle runs whatever it names, so keys.pkl is read by an unpickler that knows containers, text, numbers and numpy arrays and nothing else.
+A pickle runs whatever it names, so keys.pkl is read by `plain_pickle`, which knows plain values and nothing else.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from personmae.configs import UserError
 from personmae.data.images import UnreadableImage
+from personmae.data.reid.plain_pickle import read_plain_pickle
 
 DATABASE, KEYS = "data.mdb", "keys.pkl"
 # Where the database lies, below the folder given: itself, and as the converter and the loaders of the authors name it.
@@ -103,14 +103,7 @@ def open_luperson(root: Path) -> LuPersonLmdb:
 
 def read_keys(file: Path) -> tuple[list[str], npt.NDArray[np.int64] | None, str | None]:
     """(keys, labels int64 [N] or None, "pids" or "vids") of a keys.pkl. Raises UserError if it is damaged, unsafe or something else."""
-    try:
-        with open(file, "rb") as stream:
-            content = _PlainUnpickler(stream).load()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file} is not read: {error}") from error
-    # What a damaged pickle raises, whatever its bytes happen to say.
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file} is no pickle of keys: {type(error).__name__}: {error}") from error
+    content = read_plain_pickle(file)
     labels, kind = None, None
     keys = content
     if isinstance(content, dict):
@@ -139,30 +132,6 @@ def _to_labels(values: Any, kind: str, file: Path) -> npt.NDArray[np.int64]:
     if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer)):
         raise UserError(f"{file}: {kind} is no flat list of integers, but {labels.dtype} {list(labels.shape)}")
     return labels.astype(np.int64)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Containers, text, numbers and numpy arrays; anything else that a pickle could name is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__") and name in ("set", "frozenset", "list", "tuple", "dict"):
-            return {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}[name]
-        if (module, name) == ("_codecs", "encode"):
-            # How protocols 0 to 2 write bytes.
-            return _to_latin1
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return super().find_class("numpy._core.multiarray", name)
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return super().find_class("numpy._core.numeric", name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of keys needs; a pickle can run any program, so do not trust it")
-
-
-def _to_latin1(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it holds bytes in {encoding!r}")
-    return text.encode("latin1")
 
 
 def _lmdb() -> ModuleType:
