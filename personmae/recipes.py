@@ -152,6 +152,23 @@ class DrawConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DataCheckConfig:
+    """Checking a labelled data set."""
+
+    name: Annotated[str, tyro.conf.Positional]  # of the set, as market1501; csv; luperson; auto finds out
+    root: Annotated[Path, tyro.conf.Positional]  # the set's folder, the folder above it, or a CSV file
+    split: int = 0  # of a set that has several
+    decode: bool = True  # decode each image to the end; without, files are only read
+    num_threads: int | None = None  # by default one for each core
+    max_listed: int = 20  # problems printed
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_listed")
+        if self.num_threads is not None:
+            require_positive(self, "num_threads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """The demo."""
 

@@ -108,6 +108,10 @@ def readable_samples() -> list[Sample]:
         Sample("alpha.webp", encoded(alpha, "WEBP", lossless=True, exact=True)),
         Sample("rgb.bmp", encoded(image, "BMP")),
         Sample("palette.bmp", encoded(image.quantize(64), "BMP")),
+        Sample("rgb.tif", encoded(image, "TIFF")),
+        Sample("lzw.TIFF", encoded(image, "TIFF", compression="tiff_lzw")),
+        Sample("really_a_tiff.jpg", encoded(image, "TIFF", compression="tiff_deflate")),
+        Sample("grey16.tif", encoded(Image.fromarray(grey16), "TIFF")),
     ]
 
 
@@ -117,18 +121,19 @@ def broken_samples() -> list[Sample]:
     jpeg = encoded(image, "JPEG", quality=92)
     progressive = encoded(image, "JPEG", quality=92, progressive=True)
     png, webp, bmp = encoded(image, "PNG"), encoded(image, "WEBP", quality=90), encoded(image, "BMP")
+    # Pillow writes the pixels of a plain TIFF last, the directory of a compressed one.
+    tiff, lzw = encoded(image, "TIFF"), encoded(image, "TIFF", compression="tiff_lzw")
     rotten_png, wrong_checksum = bytearray(png), bytearray(png)
     rotten_png[png.index(b"IDAT") + 300] ^= 1
     # The last bytes of a PNG are its IEND chunk, of twelve; those before it the checksum of the pixels.
     wrong_checksum[-14] ^= 1
-    cut, format_, header, size = "truncated or damaged", "not a JPEG, PNG, WebP or BMP", "broken header", "too large"
+    cut, format_, header, size = "truncated or damaged", "not a JPEG, PNG, WebP, BMP or TIFF", "broken header", "too large"
     return [
         Sample("empty.jpg", b"", "empty file"),
         Sample("two_bytes.jpg", b"\xff\xd8", format_),
         Sample("text.jpg", b"this is no image\n" * 9, format_),
         Sample("page.jpg", b"<!DOCTYPE html><html><body>404</body></html>", format_),
         Sample("gif.jpg", encoded(image, "GIF"), format_),
-        Sample("tiff.jpg", encoded(image, "TIFF"), format_),
         Sample("bytes_before.jpg", b"junk" + jpeg, format_),
         Sample("header_only.jpg", jpeg[:60], header),
         Sample("no_height.jpg", sized_jpeg(jpeg, 0, WIDTH), header),
@@ -148,6 +153,9 @@ def broken_samples() -> list[Sample]:
         Sample("says_it_is_50000_square.png", png_of(50_000, 50_000, 8, 2, b""), size),
         Sample("cut.webp", webp[: len(webp) // 2], header),
         Sample("cut.bmp", bmp[: len(bmp) // 2], cut),
+        Sample("cut.tif", tiff[: len(tiff) // 2], cut),
+        Sample("header_only.tif", tiff[:8], header),
+        Sample("cut_lzw.tif", lzw[: len(lzw) - 40], header),
         Sample("tiny.png", encoded(picture(0, 1, 1), "PNG"), "too small"),
         Sample("narrow.jpg", encoded(picture(0, 200, 8), "JPEG"), "too small"),
     ]

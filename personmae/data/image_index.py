@@ -1,7 +1,7 @@
 """The index of a source of images: which files can be read, their dimensions and checksums. Built once, in parallel,
 and reused.
 
-A source is a folder (JPEG, PNG, WebP, BMP at any depth) or a text list (one path a line). Every file is read and
+A source is a folder (JPEG, PNG, WebP, BMP, TIFF at any depth) or a text list (one path a line). Every file is read and
 decoded once, strictly; what is unreadable, empty, truncated, tiny or absurdly large is left out and listed with its
 reason in `rejected.tsv`. Sample number = position in the index = rank of the path among the readable ones, so a run
 draws the same samples on any machine.
@@ -36,7 +36,7 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE_PX = 16_384
 
 # Changes when the file layout or what counts as readable does: older indexes are then built anew.
-_FORMAT = 1
+_FORMAT = 2
 _FILES_PER_TASK = 32
 
 
@@ -104,7 +104,7 @@ def build_index(
 ) -> ImageIndex:
     """The index of a folder or text list, from the cache if the source is unchanged (names, sizes, modification times).
 
-    source: a folder, searched at any depth for files named .jpg .jpeg .jpe .jfif .png .webp .bmp in any case; links are
+    source: a folder, searched at any depth for files named .jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff in any case; links are
     followed, hidden files and folders (.name) are not. Or a text file with one path a line, absolute or relative to the
     list's own folder; empty lines and repetitions are dropped. cache_dir: where the index is kept; by default a folder
     for this source in the user's cache (`XDG_CACHE_HOME`, or ~/.cache). If it cannot be written the index works, but is

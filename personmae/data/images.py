@@ -1,6 +1,6 @@
 """Image files to uint8 RGB arrays, strictly; and boxes of an image sampled to a given size.
 
-Formats are told by content, never by name: JPEG, PNG, WebP and BMP. Dimensions are read from the header before any
+Formats are told by content, never by name: JPEG, PNG, WebP, BMP and TIFF (its first page). Dimensions are read from the header before any
 pixel is decoded, so that a decompression bomb costs nothing. JPEGs are decoded by libjpeg-turbo in strict mode (any
 warning is an error: Pillow accepts bit rot), the rest by Pillow with its `LOAD_TRUNCATED_IMAGES` left alone. 16-bit,
 palette, CMYK and grey images are converted; alpha is dropped, not blended.
@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import BmpImagePlugin, Image, PngImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -64,7 +64,7 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the first bytes of an image file say. kind: "jpeg", "png", "webp" or "bmp".
+    """What the first bytes of an image file say. kind: "jpeg", "png", "webp", "bmp" or "tiff".
 
     plain: a JPEG in three colours or grey, with the usual subsampling: any decoder built on libjpeg-turbo gives the
     same pixels.
@@ -104,8 +104,8 @@ def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
 
 
 def read_header(data: bytes, path: Path) -> ImageHeader:
-    """Format and dimensions, without decoding a pixel. Raises UnreadableImage for anything but a JPEG, PNG, WebP or BMP
-    header."""
+    """Format and dimensions, without decoding a pixel. Raises UnreadableImage for anything but a JPEG, PNG, WebP, BMP or
+    TIFF header."""
     try:
         if data[:3] == b"\xff\xd8\xff":
             height, width, colours, subsampling = simplejpeg.decode_jpeg_header(data)
@@ -117,7 +117,7 @@ def read_header(data: bytes, path: Path) -> ImageHeader:
                 return ImageHeader(kind, image.height, image.width, False)
     except _DECODE_ERRORS as error:
         raise UnreadableImage(path, f"broken header: {_one_line(error)}") from error
-    raise UnreadableImage(path, f"not a JPEG, PNG, WebP or BMP image (it begins with {data[:12]!r})")
+    raise UnreadableImage(path, f"not a JPEG, PNG, WebP, BMP or TIFF image (it begins with {data[:12]!r})")
 
 
 def decode(data: bytes, path: Path) -> UInt8Array:  # -> [H, W, 3] RGB
@@ -134,7 +134,7 @@ def decode(data: bytes, path: Path) -> UInt8Array:  # -> [H, W, 3] RGB
             return _decode_with_pillow(data, kind)
     except _DECODE_ERRORS as error:
         raise UnreadableImage(path, f"truncated or damaged: {_one_line(error)}") from error
-    raise UnreadableImage(path, f"not a JPEG, PNG, WebP or BMP image (it begins with {data[:12]!r})")
+    raise UnreadableImage(path, f"not a JPEG, PNG, WebP, BMP or TIFF image (it begins with {data[:12]!r})")
 
 
 def read_image(path: Path) -> UInt8Array:  # -> [H, W, 3] RGB
@@ -258,6 +258,8 @@ def _kind(data: bytes) -> str | None:
         return "webp"
     if data[:2] == b"BM":
         return "bmp"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "tiff"
     return None
 
 
@@ -269,6 +271,8 @@ def _open_with_pillow(data: bytes, kind: str) -> Image.Image:
         return PngImagePlugin.PngImageFile(file)
     if kind == "webp":
         return WebPImagePlugin.WebPImageFile(file)
+    if kind == "tiff":
+        return TiffImagePlugin.TiffImageFile(file)
     return BmpImagePlugin.BmpImageFile(file)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from personmae.configs import UserError
 
 # How the names of image files end, in any case.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SUFFIX_BYTES = tuple(os.fsencode(suffix) for suffix in IMAGE_SUFFIXES)
 
 
@@ -45,7 +45,7 @@ def list_source(source: Path) -> Listing:
         names.append(name)
         numbers.extend((size, modified_ns))
     if not names and is_folder:
-        raise UserError(f"{source} holds no JPEG, PNG, WebP or BMP file, at any depth")
+        raise UserError(f"{source} holds no JPEG, PNG, WebP, BMP or TIFF file, at any depth")
     if not names:
         raise UserError(f"{source} lists no image: it should have one path a line")
     order = sorted(range(len(names)), key=names.__getitem__)
