@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from personmae.configs import user_errors_exit
+from personmae.configs import UserError, user_errors_exit
 
 COMMANDS = {
     "demo": "draw the built-in data set, pre-train, evaluate, write a report",
     "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
-    "evaluate": "zero-shot retrieval scores of a run or an encoder file",
+    "evaluate": "retrieval scores of runs, encoder files or anyone's features on labelled sets",
+    "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
     "mannequins": "draw the built-in data set",
 }
 
@@ -55,8 +56,29 @@ def _run(command: str, arguments: list[str]) -> None:
         from personmae.tasks import retrieval
 
         retrieval.main(tyro.cli(RetrievalConfig, prog=program, description=retrieval.__doc__, args=arguments))
+    elif command == "data":
+        _run_data(arguments)
     else:
         from personmae.recipes import DrawConfig
         from personmae.tasks import drawing
 
         drawing.main(tyro.cli(DrawConfig, prog=program, description=drawing.__doc__, args=arguments))
+
+
+def _run_data(arguments: list[str]) -> None:
+    import tyro
+
+    what, rest = arguments[:1], arguments[1:]
+    if what == ["names"]:
+        from personmae.data.reid import REID_SETS
+
+        width = max(map(len, REID_SETS))
+        print("\n".join(f"{name:{width}}  {description}" for name, description in REID_SETS.items()))
+    elif what == ["check"]:
+        from personmae.recipes import DataCheckConfig
+        from personmae.tasks import data_check
+
+        config = tyro.cli(DataCheckConfig, prog="personmae data check", description=data_check.__doc__, args=rest)
+        raise SystemExit(data_check.main(config))
+    else:
+        raise UserError(f"data {' '.join(what) or 'alone'} is no command; there are: data check SET FOLDER, data names")

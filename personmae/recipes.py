@@ -107,7 +107,7 @@ class RetrievalConfig:
     """Retrieval scores of encoders on labelled sets, or of features that other code has written."""
 
     checkpoint: tuple[Path, ...] = ()  # run folders, or encoder.safetensors files
-    data: tuple[str, ...] = ()  # sets, each NAME=FOLDER (market1501=/data/market; `personmae data check --help` has the names), or a folder or CSV alone
+    data: tuple[str, ...] = ()  # sets: NAME=FOLDER as market1501=/data/market (names: `personmae data names`), or a folder or CSV alone
     features: tuple[Path, ...] = ()  # instead of both: .npz, .mat or .pt files with features and labels of queries and gallery
     convention: Annotated[str, tyro.conf.arg(name="as")] = "standard"  # whose rules: transreid, fast-reid, torchreid, cluster-contrast, ...
     metric: Literal["auto", "cosine", "euclidean"] = "auto"  # auto: that of the rules

@@ -24,10 +24,13 @@ def test_the_demo_leaves_a_report_with_scores_before_and_after(demo):
     page = (run / "report.html").read_text()
     for word in ("pre-trained", "random initialisation", "colour histogram", "whitened", "data:image/png"):
         assert word in page
-    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    (content,) = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    rows = content["rows"]
     assert {(row["model"], row["feature"]) for row in rows} >= {("pre-trained", "mean, whitened"), ("random initialisation", "mean, whitened")}
     assert all(0 < row["mAP"] < 1 for row in rows)
-    assert (run / "pictures" / "ranked_lists_after.png").exists()
+    assert (run / "pictures" / "ranked_lists_mannequins_after.png").exists()
+    assert (run / content["page"]).is_file()
+    assert f'href="{content["page"]}"' in page
 
 
 def test_a_second_call_takes_up_what_is_there(demo, capsys):
@@ -41,10 +44,10 @@ def test_a_second_call_takes_up_what_is_there(demo, capsys):
 
 
 def test_evaluate_takes_a_run_or_a_file(demo, capsys):
-    cli.main(["evaluate", str(demo / "run-seed0"), "--data", str(demo / "mannequins")])
+    cli.main(["evaluate", "--checkpoint", str(demo / "run-seed0"), "--data", str(demo / "mannequins")])
     of_run = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pre-trained")]
     weights = demo / "run-seed0" / "encoder.safetensors"
-    cli.main(["evaluate", str(weights), "--data", str(demo / "mannequins"), "--no-compare"])
+    cli.main(["evaluate", "--checkpoint", str(weights), "--data", str(demo / "mannequins"), "--no-compare"])
     of_file = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pre-trained")]
     assert of_file == [line for line in of_run if "whitened" not in line]
     assert len(of_run) == 4
@@ -53,7 +56,11 @@ def test_evaluate_takes_a_run_or_a_file(demo, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["evaluate", "nowhere.safetensors", "--data", "x"], "nowhere.safetensors"),
+        (["evaluate", "--checkpoint", "nowhere.safetensors", "--data", "x"], "nowhere.safetensors"),
+        (["evaluate"], "--features"),
+        (["evaluate", "--features", "nowhere.npz"], "nowhere.npz"),
+        (["evaluate", "--features", "x.npz", "--as", "nobody"], "nobody"),
+        (["data", "chek"], "data check"),
         (["pretrain", "vit-nano", "--data.source", "nowhere"], "nowhere"),
         (["draw"], "'draw'"),
     ],
@@ -69,9 +76,9 @@ def test_mistakes_end_with_a_sentence_and_code_2(arguments, named, capsys):
 
 def test_a_folder_that_is_no_set_or_no_run_is_named(demo, tmp_path, capsys):
     crops = draw_crops(tmp_path / "crops", num_images=2)
-    for arguments in (["evaluate", str(demo / "run-seed0"), "--data", str(crops)], ["evaluate", str(crops), "--data", str(demo / "mannequins")]):
+    for checkpoint, data in ((demo / "run-seed0", crops), (crops, demo / "mannequins")):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
+            cli.main(["evaluate", "--checkpoint", str(checkpoint), "--data", str(data)])
         assert exit_.value.code == 2
         assert str(crops) in capsys.readouterr().err
 

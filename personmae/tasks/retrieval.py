@@ -206,7 +206,8 @@ def say_means(rows: list[dict[str, Any]], say: Say) -> None:
     """Means over the splits, with their standard deviation."""
     for model, feature in dict.fromkeys((row["model"], row["feature"]) for row in rows):
         chosen = [row for row in rows if (row["model"], row["feature"]) == (model, feature)]
-        words = ", ".join(f"{key} {np.mean(values):.2%} +- {np.std(values):.2%}" for key in ("mAP", "rank1") if (values := [row[key] for row in chosen]))
+        values = {name: np.array([row[name] for row in chosen]) for name in ("mAP", "rank1")}
+        words = ", ".join(f"{name} {found.mean():.2%} +- {found.std():.2%}" for name, found in values.items())
         say(f"{model:22} {feature:16} mean of {len(chosen)} splits: {words}")
 
 
