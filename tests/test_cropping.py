@@ -331,6 +331,11 @@ def test_coco_by_name(crop, tmp_path):
     assert (row["source"], row["score"]) == (str(frames / "a/2, odd näme.png"), "0.75")
 
 
+def test_two_names_of_one_image_are_one_frame(crop):
+    folder = crop("image,x,y,w,h\n000001.png,0,0,40,64\nelse/000001.png,9,9,40,64\n000001,20,20,40,64\n")
+    assert files(folder) == [f"seq/000001_{number:02d}.png" for number in range(3)]
+
+
 def test_relative_boxes(crop):
     folder = crop("frame,cx,cy,w,h\n1,0.5,0.5,0.5,0.5\n", relative=True)
     assert np.array_equal(read_image(folder / "seq/000001_00.png"), frame_pixels(1)[30:90, 40:120])

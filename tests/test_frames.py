@@ -2,6 +2,7 @@
 
 import os
 
+import cv2
 import numpy as np
 import pytest
 
@@ -102,13 +103,44 @@ def test_damaged_frames_of_a_video_keep_their_number(tmp_path):
     frames.close()
 
 
+class DroppingVideo:
+    """Stands in for an OpenCV video of 10 frames a second, numbered from 1, whose decoder leaves out frames before the sixth without a word."""
+
+    def __init__(self, num_dropped: int) -> None:
+        self.time, self.count, self.num_dropped = 300, 0, num_dropped
+
+    def grab(self) -> bool:
+        self.count += 1
+        self.time += 100 * (1 + self.num_dropped * (self.count == 6))
+        return True
+
+    def get(self, what: int) -> float:
+        return {cv2.CAP_PROP_FPS: 10.0, cv2.CAP_PROP_POS_MSEC: float(self.time)}[what]
+
+    def retrieve(self) -> tuple[bool, np.ndarray]:
+        return True, np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize("num_dropped", [0, 1, 5])
+def test_left_out_frames_are_noticed_by_their_times(tmp_path, monkeypatch, num_dropped):
+    frames = FrameVideo(write_video(tmp_path / "video.avi", 12), 1)
+    monkeypatch.setattr(frames, "_video", DroppingVideo(num_dropped))
+    frames.deliver(9)
+    assert ["from frame 6 on, times do not fit" in note for note in frames.notes()] == ([True] if num_dropped else [])
+
+
 def test_what_is_no_source_of_frames(tmp_path):
     (tmp_path / "text.avi").write_text("no video")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.avi")
     for path, by_name, message in (
         (tmp_path / "text.avi", False, "no video that OpenCV can read"),
         (tmp_path / "nothing", False, "no such frames"),
         (tmp_path / "empty", False, "holds no JPEG"),
+        (tmp_path / "pipe.avi", False, "neither a folder of images nor a video file"),
         (write_video(tmp_path / "video.avi", 3), True, "name images"),
     ):
         with pytest.raises(UserError, match=message):

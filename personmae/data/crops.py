@@ -125,7 +125,7 @@ def plan_crops(boxes: Boxes, frames: Frames, rules: CropRules, num_threads: int,
         boxes=dataclasses.replace(boxes.take(rows), edges=edges[rows]),
         frames=indexes[rows],
         numbers=numbers[rows],
-        ordinals=_ordinals(key_of)[rows],
+        ordinals=_ordinals(indexes)[rows],
         rectangles=rectangles[rows].astype(np.int32),
         sizes=sizes[rows],
         left_out=choice.left_out,
@@ -257,7 +257,7 @@ def _spread(frames: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], kept: npt
 def _ordinals(groups: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Position of each entry among those of the same group, from 0."""
     order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    starts = np.flatnonzero(np.diff(groups[order], prepend=groups.min(initial=0) - 1))
     counts = np.diff(np.append(starts, len(order)))
     ordinals = np.empty(len(groups), dtype=np.int64)
     ordinals[order] = np.arange(len(order)) - np.repeat(starts, counts)

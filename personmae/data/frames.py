@@ -169,7 +169,7 @@ class FrameVideo:
         self._next = 0  # index of the frame that the next grab gives; the one before is at hand
         self._ended = False
         self._damaged: set[int] = set()
-        self._start_ms = 0.0
+        self._time_ms = 0.0
         self._doubtful: int | None = None
         try:
             self._digest = _digest_of_beginning(path)
@@ -235,15 +235,17 @@ class FrameVideo:
                     return
             self._damaged.update(range(self._next, self._next + failures))
             self._next += failures + 1
-            self._check_time(video, first=self._next == failures + 1)
+            self._check_time(video, failures + 1)
 
-    def _check_time(self, video: cv2.VideoCapture, first: bool) -> None:
-        """Remembers the first frame whose time is not that of its number: then the decoder left frames out, or they are not evenly spaced."""
-        rate, time = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_POS_MSEC)
-        if first:
-            self._start_ms = time - (self._next - 1) * 1000 / rate if rate > 0 else time
-        elif self._doubtful is None and rate > 0 and abs((time - self._start_ms) / 1000 * rate - (self._next - 1)) > 1:
+    def _check_time(self, video: cv2.VideoCapture, step: int) -> None:
+        """Remembers the first frame that does not follow the one `step` before it in time as its number says: then the decoder left frames out, or
+        they are not evenly spaced."""
+        rate, time_ms = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_POS_MSEC)
+        # The first frame may begin at any time; a quarter of a frame is for times that the file has rounded.
+        uneven = rate > 0 and self._next > step and abs((time_ms - self._time_ms) / 1000 * rate - step) > 0.75
+        if uneven and self._doubtful is None:
             self._doubtful = self._next - 1
+        self._time_ms = time_ms
 
     def _retrieve(self) -> UInt8Array:
         success, frame = self._opened().retrieve()
@@ -274,6 +276,8 @@ def open_frames(path: Path, *, by_name: bool, first: int, pattern: str | None = 
         return FrameFolder(path, by_name=by_name, pattern=pattern)
     if not path.exists():
         raise UserError(f"no such frames: {path}; give a folder of images or a video")
+    if not path.is_file():
+        raise UserError(f"{path} is neither a folder of images nor a video file")
     if by_name:
         raise UserError(f"the boxes name images, but {path} is a video; give the number of each frame (a column 'frame')")
     return FrameVideo(path, first)
