@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "draw the built-in data set, pre-train, evaluate, write a report",
     "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
     "evaluate": "retrieval scores of runs, encoder files or anyone's features on labelled sets",
+    "crop": "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)",
     "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
     "mannequins": "draw the built-in data set",
 }
@@ -58,6 +59,11 @@ def _run(command: str, arguments: list[str]) -> None:
         retrieval.main(tyro.cli(RetrievalConfig, prog=program, description=retrieval.__doc__, args=arguments))
     elif command == "data":
         _run_data(arguments)
+    elif command == "crop":
+        from personmae.recipes import CropConfig
+        from personmae.tasks import cropping
+
+        cropping.main(tyro.cli(CropConfig, prog=program, description=cropping.__doc__, args=arguments))
     else:
         from personmae.recipes import DrawConfig
         from personmae.tasks import drawing

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from personmae.configs import UserError
+from personmae.data.box_files import BoxFormat
+from personmae.data.boxes_text import MotFlavour
+from personmae.data.crop_folder import ImageKind
+from personmae.data.crop_names import CropLayout, IdScope
+from personmae.data.crops import CropRules
 from personmae.data.loaders import LoaderConfig
 from personmae.data.mannequins import MannequinsConfig
 from personmae.data.plan import RegionConfig
+from personmae.data.sequences import MotBoxes
 from personmae.models.attention import AttentionKind
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig
@@ -166,6 +172,43 @@ class DataCheckConfig:
         require_positive(self, "max_listed")
         if self.num_threads is not None:
             require_positive(self, "num_threads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Person crops cut from frames with given boxes."""
+
+    folder: Annotated[Path, tyro.conf.Positional]  # a new or empty folder, or one to be taken up
+    frames: tuple[Path, ...] = ()  # of each sequence: a folder of images named by frame number, or a video
+    boxes: tuple[Path, ...] = ()  # of each sequence: MOT text, CSV with a header, or JSON (COCO or a list)
+    mot: Path | None = None  # instead of both: a set in MOTChallenge's layout, or one sequence of it
+    mot_boxes: MotBoxes = "auto"  # auto: ground truth (gt/gt.txt) where there is some, else detections (det/det.txt)
+    mot_match: str = "*"  # of the sequences' names: MOT17 holds each three times, *-FRCNN takes it once
+    cameras: tuple[int, ...] = ()  # of each sequence, where the boxes do not say it; by default each its own, from 1
+    box_format: BoxFormat = "auto"  # auto: by the file's beginning
+    mot_flavour: MotFlavour = "auto"  # what follows the confidence: gt class and visibility, det nothing of use; auto: gt if there are 9 columns
+    origin: Literal[0, 1] | None = None  # of pixel coordinates; by default 1 in MOT, as its kit says, 0 elsewhere; many trackers write MOT with 0
+    relative: bool = False  # boxes are in shares of the frame's width and height instead of pixels
+    frame_offset: int = 0  # added to the boxes' frame numbers; a video's first frame is 1 with MOT boxes and 0 with others
+    frame_pattern: str | None = None  # its one group finds a frame's number in an image's name: 'frame_(\d+)'; by default the number that varies
+    rules: Annotated[CropRules, tyro.conf.OmitArgPrefixes] = CropRules()
+    layout: CropLayout = "unlabelled"  # unlabelled: SEQUENCE/FRAME_BOX; market-*: Market-1501's folders and names, for boxes with ids
+    ids: IdScope = "sequence"  # an id is the same person in its own sequence alone, or in all of them
+    image_format: ImageKind = "jpg"  # png: exact
+    quality: int = 95  # of JPEG
+    skip_bad: bool = False  # skip boxes that cannot be used and list them in rejected.tsv, instead of ending with an error
+    max_unreadable: float = 0.01  # share of the frames (rounded up) that may be unreadable before it ends with an error
+    num_threads: int | None = None  # by default one for each core
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None:
+            require_positive(self, "num_threads")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality is {self.quality}; it must lie between 1 and 100")
+        if not 0 <= self.max_unreadable <= 1:
+            raise UserError(f"max_unreadable is {self.max_unreadable}; it must lie between 0 and 1")
+        if self.relative and self.origin:
+            raise UserError("origin counts pixels, which relative boxes have none of; leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
