@@ -15,9 +15,9 @@ STABLE_TORCH_LIBRARY(personmae, m) {
       "pair_distances(Tensor query, Tensor query_scale, Tensor gallery, Tensor gallery_scale, Tensor rows, Tensor columns, "
       "bool cosine) -> Tensor");
   m.def(
-      "place_distances_(Tensor(a!) steps, Tensor offsets, Tensor index, Tensor distance, Tensor distances, int first) -> ()");
+      "place_distances_(Tensor(a!) steps, Tensor offsets, Tensor match, Tensor distance, Tensor distances, int first) -> ()");
   m.def(
-      "place_products_(Tensor(a!) steps, Tensor offsets, Tensor index, Tensor distance, Tensor match_bounds, Tensor products, "
+      "place_products_(Tensor(a!) steps, Tensor offsets, Tensor match, Tensor distance, Tensor match_bounds, Tensor products, "
       "Tensor slack, Tensor gallery_bounds, Tensor query, Tensor query_scale, Tensor gallery, Tensor gallery_scale, bool cosine, "
       "int first) -> ()");
 }

@@ -148,13 +148,13 @@ struct AllMatches {
   }
 };
 
-AllMatches matches_of(const Tensor& steps, const Tensor& offsets, const Tensor& index, const Tensor& distance,
+AllMatches matches_of(const Tensor& steps, const Tensor& offsets, const Tensor& match, const Tensor& distance,
                       int64_t num_queries) {
   check_tensor(steps, "steps", ScalarType::Long, 2);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
-  check_tensor(index, "index", ScalarType::Long, 1);
+  check_tensor(match, "match", ScalarType::Long, 1);
   check_tensor(distance, "distance", ScalarType::Double, 1);
-  const int64_t num_matches = index.size(0);
+  const int64_t num_matches = match.size(0);
   STD_TORCH_CHECK(offsets.size(0) == num_queries + 1, "offsets: ", num_queries + 1, " are needed, got ", offsets.size(0));
   STD_TORCH_CHECK(distance.size(0) == num_matches, "distance: ", num_matches, " are needed, got ", distance.size(0));
   STD_TORCH_CHECK(steps.size(0) == 3 && steps.size(1) == num_matches + num_queries, "steps: [3, ", num_matches + num_queries,
@@ -163,7 +163,7 @@ AllMatches matches_of(const Tensor& steps, const Tensor& offsets, const Tensor& 
   STD_TORCH_CHECK(offset[0] == 0 && offset[num_queries] == num_matches, "offsets: must lead from 0 to ", num_matches);
   for (int64_t q = 0; q < num_queries; ++q)
     STD_TORCH_CHECK(offset[q] <= offset[q + 1], "offsets: must not fall, as they do after query ", q);
-  return {offset, static_cast<const int64_t*>(index.const_data_ptr()), static_cast<const double*>(distance.const_data_ptr()),
+  return {offset, static_cast<const int64_t*>(match.const_data_ptr()), static_cast<const double*>(distance.const_data_ptr()),
           static_cast<int64_t*>(steps.mutable_data_ptr()), num_matches + num_queries};
 }
 
@@ -207,12 +207,12 @@ void place_row(const Value* value, int64_t num_gallery, int64_t first, const Mat
 }
 
 // distances float32 or float64 [Q, G], of gallery images first, first + 1, ...
-void place_distances_(const Tensor& steps, const Tensor& offsets, const Tensor& index, const Tensor& distance,
+void place_distances_(const Tensor& steps, const Tensor& offsets, const Tensor& match, const Tensor& distance,
                       const Tensor& distances, int64_t first) {
   const bool is_double = distances.scalar_type() == ScalarType::Double;
   check_tensor(distances, "distances", is_double ? ScalarType::Double : ScalarType::Float, 2);
   const int64_t num_queries = distances.size(0), num_gallery = distances.size(1);
-  const AllMatches all = matches_of(steps, offsets, index, distance, num_queries);
+  const AllMatches all = matches_of(steps, offsets, match, distance, num_queries);
   const void* data = distances.const_data_ptr();
   torch::stable::parallel_for(0, num_queries, grain(num_gallery), [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
@@ -230,7 +230,7 @@ void place_distances_(const Tensor& steps, const Tensor& offsets, const Tensor& 
 }
 
 // products float32 [Q, G]; match_bounds [2, M], gallery_bounds [3, G], slack [Q] float64.
-void place_products_(const Tensor& steps, const Tensor& offsets, const Tensor& index, const Tensor& distance,
+void place_products_(const Tensor& steps, const Tensor& offsets, const Tensor& match, const Tensor& distance,
                      const Tensor& match_bounds, const Tensor& products, const Tensor& slack, const Tensor& gallery_bounds,
                      const Tensor& query, const Tensor& query_scale, const Tensor& gallery, const Tensor& gallery_scale,
                      bool cosine, int64_t first) {
@@ -241,7 +241,7 @@ void place_products_(const Tensor& steps, const Tensor& offsets, const Tensor& i
   const Features from = features_of(query, "query", query_scale, "query_scale");
   const Features to = features_of(gallery, "gallery", gallery_scale, "gallery_scale");
   check_pair(from, to);
-  const int64_t num_queries = products.size(0), num_gallery = products.size(1), num_matches = index.size(0);
+  const int64_t num_queries = products.size(0), num_gallery = products.size(1), num_matches = match.size(0);
   STD_TORCH_CHECK(from.num == num_queries, "query: ", num_queries, " rows are needed, got ", from.num);
   STD_TORCH_CHECK(to.num == num_gallery, "gallery: ", num_gallery, " rows are needed, got ", to.num);
   STD_TORCH_CHECK(slack.size(0) == num_queries, "slack: ", num_queries, " are needed, got ", slack.size(0));
@@ -249,7 +249,7 @@ void place_products_(const Tensor& steps, const Tensor& offsets, const Tensor& i
                   "] is needed");
   STD_TORCH_CHECK(gallery_bounds.size(0) == 3 && gallery_bounds.size(1) == num_gallery, "gallery_bounds: [3, ", num_gallery,
                   "] is needed");
-  const AllMatches all = matches_of(steps, offsets, index, distance, num_queries);
+  const AllMatches all = matches_of(steps, offsets, match, distance, num_queries);
   const auto* product = static_cast<const float*>(products.const_data_ptr());
   const auto* doubt = static_cast<const double*>(slack.const_data_ptr());
   const auto* bounds = static_cast<const double*>(match_bounds.const_data_ptr());

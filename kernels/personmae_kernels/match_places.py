@@ -20,9 +20,9 @@ Most pairs need no distance: place_products_ takes tiles of a float32 matrix pro
 
     low_g - slack_q norm_g - 2 p  <=  |query - gallery|^2 - constant_q  <=  high_g + slack_q norm_g - 2 p
 
-and `match_bounds` holds for each match the values below which this is surely nearer, and above which it is surely farther. An image that lies within the
-bounds of a match is placed by its distance. The caller answers for the bounds (personmae/evaluation/distances.py derives them): with valid ones the counts
-are those of the distances, to the last tie, whatever the tiles. C++ on a CPU, else plain PyTorch; all forms equal to the bit.
+and `match_bounds` holds for each match the values below which this is surely nearer, and above which it is surely farther. An image that lies within
+the bounds of a match is placed by its distance. The caller answers for the bounds (personmae/evaluation/distances.py derives them): with valid ones
+the counts are those of the distances, to the last tie, whatever the tiles. C++ on a CPU, else plain PyTorch; all forms equal to the bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Matches(NamedTuple):
     """The matches of each query, those of query q in offsets[q]:offsets[q + 1], by (distance, index)."""
 
     offsets: Tensor  # int64 [Q + 1]
-    index: Tensor  # int64 [M], of the gallery
+    match: Tensor  # int64 [M] gallery index
     distance: Tensor  # float64 [M]
 
 
@@ -106,7 +106,7 @@ def pair_distances(query: Vectors, gallery: Vectors, rows: Tensor, columns: Tens
 
 def new_steps(matches: Matches) -> Tensor:  # -> int64 [3, M + Q]
     """Steps of no image yet."""
-    return matches.index.new_zeros(3, len(matches.index) + len(matches.offsets) - 1)
+    return matches.match.new_zeros(3, len(matches.match) + len(matches.offsets) - 1)
 
 
 def place_distances_(steps: Tensor, matches: Matches, distances: Tensor, first: int = 0) -> None:
@@ -133,7 +133,7 @@ def place_products_(
     check_vectors(query, gallery)
     check_matches(steps, matches, products, "products")
     check_dtype(torch.float32, products=products)
-    named = {"products": (products, "Q G"), "query": (query.features, "Q D"), "gallery": (gallery.features, "G D"), "index": (matches.index, "M")}
+    named = {"products": (products, "Q G"), "query": (query.features, "Q D"), "gallery": (gallery.features, "G D"), "match": (matches.match, "M")}
     axis_sizes(**named, match_bounds=(bounds.matches, "2 M"), slack=(bounds.slack, "Q"), gallery_bounds=(bounds.gallery, "3 G"))
     check_dtype(torch.float64, match_bounds=bounds.matches, slack=bounds.slack, gallery_bounds=bounds.gallery)
     operator = torch.ops.personmae.place_products_ if runs_compiled(products) else match_places_reference.place_products_
@@ -165,13 +165,15 @@ def check_vectors(query: Vectors, gallery: Vectors) -> None:
     named = {"query": (query.features, "Q D"), "query_scale": (query.scale, "Q")}
     axis_sizes(**named, gallery=(gallery.features, "G D"), gallery_scale=(gallery.scale, "G"))
     check_dtype(EITHER, query=query.features)
-    check_dtype(query.features.dtype, gallery=gallery.features)
+    if gallery.features.dtype != query.features.dtype:
+        wanted, given = (str(vectors.features.dtype).removeprefix("torch.") for vectors in (query, gallery))
+        raise TypeError(f"gallery: {wanted}, as in query, is needed, got {given}")
     check_dtype(torch.float64, query_scale=query.scale, gallery_scale=gallery.scale)
 
 
 def check_matches(steps: Tensor, matches: Matches, tile: Tensor, name: str) -> None:
     """Raises TypeError or ValueError, naming the argument, for matches that do not belong to a tile [Q, G]."""
-    sizes = axis_sizes(**{name: (tile, "Q G")}, index=(matches.index, "M"), distance=(matches.distance, "M"))
+    sizes = axis_sizes(**{name: (tile, "Q G")}, match=(matches.match, "M"), distance=(matches.distance, "M"))
     axis_sizes(offsets=(matches.offsets, str(sizes["Q"] + 1)), steps=(steps, f"3 {sizes['Q'] + sizes['M']}"))
-    check_dtype(torch.int64, steps=steps, offsets=matches.offsets, index=matches.index)
+    check_dtype(torch.int64, steps=steps, offsets=matches.offsets, match=matches.match)
     check_dtype(torch.float64, distance=matches.distance)

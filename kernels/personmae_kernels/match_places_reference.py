@@ -43,11 +43,11 @@ def rounded_root(values: Tensor) -> Tensor:
     return values.sqrt() if values.is_cuda else torch.from_numpy(np.sqrt(values.numpy()))
 
 
-def place_distances_(steps: Tensor, offsets: Tensor, index: Tensor, distance: Tensor, distances: Tensor, first: int) -> None:
+def place_distances_(steps: Tensor, offsets: Tensor, match: Tensor, distance: Tensor, distances: Tensor, first: int) -> None:
     """See match_places."""
-    for part in pieces(*distances.shape, distances.device):
-        tile = distances[part].double()
-        matches = Padded(offsets, index, distance, part)
+    for part in pieces(len(distances), distances.shape[1], distances.device):
+        tile = distances[part].double().contiguous()
+        matches = Padded(offsets, match, distance, part)
         place = torch.searchsorted(matches.distance, tile)
         tied = (place < matches.num[:, None]) & (matches.distance.gather(1, place) == tile)
         matches.count(steps, place, ~tied)
@@ -58,7 +58,7 @@ def place_distances_(steps: Tensor, offsets: Tensor, index: Tensor, distance: Te
 def place_products_(
     steps: Tensor,
     offsets: Tensor,
-    index: Tensor,
+    match: Tensor,
     distance: Tensor,
     match_bounds: Tensor,
     products: Tensor,
@@ -72,9 +72,9 @@ def place_products_(
     first: int,
 ) -> None:
     """See match_places."""
-    for part in pieces(*products.shape, products.device):
+    for part in pieces(len(products), products.shape[1], products.device):
         lower, upper = bounds_of_products(products[part], slack[part], gallery_bounds)
-        matches = Padded(offsets, index, distance, part)
+        matches = Padded(offsets, match, distance, part)
         nearer, farther = matches.pad(match_bounds[0], INFINITY), matches.pad(match_bounds[1], INFINITY)
         place = torch.searchsorted(farther, lower)
         known = (place == matches.num[:, None]) | (upper < nearer.gather(1, place))
@@ -95,16 +95,16 @@ def bounds_of_products(products: Tensor, slack: Tensor, gallery_bounds: Tensor) 
 class Padded:
     """The matches of some queries, each in a row of K + 1 columns, the last of them and those to spare at infinity."""
 
-    def __init__(self, offsets: Tensor, index: Tensor, distance: Tensor, queries: slice) -> None:
+    def __init__(self, offsets: Tensor, match: Tensor, distance: Tensor, queries: slice) -> None:
         starts = offsets[:-1][queries]
         self.num = offsets[1:][queries] - starts  # [Q]
-        columns = torch.arange(int(self.num.max()) + 1, device=index.device)
+        columns = torch.arange(int(self.num.max()) + 1, device=match.device)
         self._within = columns < self.num[:, None]
         self._source = torch.where(self._within, starts[:, None] + columns, 0)
         # Where the steps of a query begin.
-        self._base = starts + torch.arange(len(offsets) - 1, device=index.device)[queries]
+        self._base = starts + torch.arange(len(offsets) - 1, device=match.device)[queries]
         self.distance = self.pad(distance, INFINITY)
-        self._index = self.pad(index, torch.iinfo(torch.int64).max)
+        self._index = self.pad(match, torch.iinfo(torch.int64).max)
 
     def pad(self, values: Tensor, fill: float) -> Tensor:  # [M] -> [Q, K + 1]
         """What the matches have, in rows."""

@@ -1,11 +1,11 @@
 """Distances of features: the definition in float64, and float32 matrix products with a proven bound on what they leave open.
 
-Definition (personmae_kernels.match_places): sums of squared differences in float64, taken in the same order for each pair, so that equal features are at
-exactly equal distances wherever they stand. cosine: half the squared distance of the unit vectors, which is 1 - cos, in [0, 2]; a zero vector has no
-direction, and distance 1 from everything. euclidean: the root of the sum.
+Definition (personmae_kernels.match_places): sums of squared differences in float64, taken in the same order for each pair, so that equal features
+are at exactly equal distances wherever they stand. cosine: half the squared distance of the unit vectors, which is 1 - cos, in [0, 2]; a zero vector
+has no direction, and distance 1 from everything. euclidean: the root of the sum.
 
-Bound. Let u = 2^-24, and a row x (a feature, for cosine its unit vector) be held as x' = float32(s (x - c)), c the mean of the gallery and s a power of
-two: distances stay as they are but for s^2, while the norms r = |x'| get as small as they can. With D dimensions, k = 2u (1 + 2^-10) and
+Bound. Let u = 2^-24, and a row x (a feature, for cosine its unit vector) be held as x' = float32(s (x - c)), c the mean of the gallery and s a power
+of two: distances stay as they are but for s^2, while the norms r = |x'| get as small as they can. With D dimensions, k = 2u (1 + 2^-10) and
 g = D u / (1 - D u), the bound of a float32 product in any order (Higham, "Accuracy and stability of numerical algorithms", 2nd ed., section 3.1),
 
     rounding to x'        moves the squared distance by at most k (r_q + r_g)^2 = k r_q^2 + k r_g^2 + 2 k r_q r_g
@@ -173,7 +173,8 @@ def distances(query: Features, gallery: Features, metric: Metric = "cosine") -> 
 @contextlib.contextmanager
 def whole_float32() -> Iterator[None]:
     """Matrix products of float32 are taken in float32 inside, whatever was allowed: TF32 and bfloat16 would break the bound."""
-    modes: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: Any = torch.backends
+    modes = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [mode.fp32_precision for mode in modes]
     try:
         for mode in modes:

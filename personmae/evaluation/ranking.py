@@ -4,12 +4,12 @@ The common protocol of single-query person ReID (Zheng et al., "Scalable person 
 2015, as torchreid, fast-reid and TransReID compute it): rank the gallery by distance, leave out images of the same
 person from the same camera, take precision at each match.
 
-Ties: of gallery images at the same distance the one with the smaller gallery index comes first. `distances` defines what is the same distance: results
-do not depend on tiles, threads or the place in the gallery.
+Ties: of gallery images at the same distance the one with the smaller gallery index comes first. `distances` defines what is the same distance:
+results do not depend on tiles, threads or the place in the gallery.
 
-Nothing is sorted but the few images of a query's own person: the rank of a match is a count of the images nearer than it. `personmae_kernels.match_places`
-takes the count from tiles of a float32 matrix product, and computes in float64 only the pairs that the product leaves open. Memory is the features and a
-tile.
+Nothing is sorted but the few images of a query's own person: the rank of a match is a count of the images nearer than it.
+`personmae_kernels.match_places` takes the count from tiles of a float32 matrix product, and computes in float64 only the pairs that the product
+leaves open. Memory is the features and a tile.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def match_ranks(
     leave_out: gallery images of the query's person from the query's camera, or none. tile: (queries, gallery images) of one matrix product; bounds
     memory, and changes no result.
 
-    Raises ValueError for features that do not fit the labels or each other or are not finite (see `open_space`); UserError where the matches would not
-    fit into memory.
+    Raises ValueError for features that do not fit the labels or each other or are not finite (see `open_space`); UserError where the matches would
+    not fit into memory.
     """
     space = _checked_space(query_features, gallery_features, query, gallery, metric)
     candidates = _own_people(query, gallery, leave_out)
@@ -164,7 +164,7 @@ def match_ranks_of_distances(
     matrix = as_tensor("distances", distance)
     if tuple(matrix.shape) != (len(query), len(gallery)):
         raise ValueError(f"distances have shape {tuple(matrix.shape)}; labels say ({len(query)}, {len(gallery)})")
-    for rows in _slices(len(query), max(1, CHUNK_PAIRS // max(1, len(gallery)))):
+    for rows in _slices(len(query), _rows_at_once(len(gallery))):
         bad = matrix[rows].isnan().any(dim=1).nonzero()
         if len(bad):
             raise ValueError(f"distances of query {rows.start + int(bad[0])} are not numbers")
@@ -273,11 +273,11 @@ def _count(candidates: _Candidates, distance: Tensor, num_gallery: int, place: C
 def _place_features(space: Space, matches: Matches, tile: tuple[int, int] | None) -> Tensor:
     """The steps of all gallery images, from tiles of products."""
     rows_at_once, columns_at_once = tile or (TILE_ON_CUDA if space.device.type == "cuda" else TILE)
-    steps = []
+    steps = [new_steps(matches)[:, :0]]
     for rows, part in _chunks_of_matches(matches, rows_at_once):
         own = new_steps(part)
         steps.append(own)
-        if not len(part.index):
+        if not len(part.match):
             continue
         query = space.query.rows(rows)
         held = space.hold(query)
@@ -293,8 +293,8 @@ def _place_features(space: Space, matches: Matches, tile: tuple[int, int] | None
 def _place_matrix(matrix: Tensor, matches: Matches) -> Tensor:
     """The steps of all gallery images, from a matrix [Q, G]."""
     dtype = torch.float32 if matrix.is_floating_point() and matrix.dtype != torch.float64 else torch.float64
-    steps = []
-    for rows, part in _chunks_of_matches(matches, max(1, CHUNK_PAIRS // matrix.shape[1])):
+    steps = [new_steps(matches)[:, :0]]
+    for rows, part in _chunks_of_matches(matches, _rows_at_once(matrix.shape[1])):
         own = new_steps(part)
         place_distances_(own, part, matrix[rows].to(dtype))
         steps.append(own)
@@ -351,11 +351,15 @@ def _chunks_of_matches(matches: Matches, rows_at_once: int) -> Iterator[tuple[sl
     offsets = matches.offsets.tolist()
     for rows in _slices(len(offsets) - 1, rows_at_once):
         first, end = offsets[rows.start], offsets[rows.stop]
-        yield rows, Matches(matches.offsets[rows.start : rows.stop + 1] - first, matches.index[first:end], matches.distance[first:end])
+        yield rows, Matches(matches.offsets[rows.start : rows.stop + 1] - first, matches.match[first:end], matches.distance[first:end])
 
 
 def _slices(num: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, num)) for start in range(0, num, step))
+
+
+def _rows_at_once(num_gallery: int) -> int:
+    return max(1, CHUNK_PAIRS // max(1, num_gallery))
 
 
 def _offsets(num: IntArray) -> IntArray:  # [Q] -> [Q + 1]
