@@ -11,6 +11,15 @@ STABLE_TORCH_LIBRARY(personmae, m) {
   m.def(
       "adamw_ema_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
       "Tensor hyper, float[] weight_decays, Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor(f!)[] average_copies) -> ()");
+  m.def(
+      "pair_distances(Tensor query, Tensor query_scale, Tensor gallery, Tensor gallery_scale, Tensor rows, Tensor columns, "
+      "bool cosine) -> Tensor");
+  m.def(
+      "place_distances_(Tensor(a!) steps, Tensor offsets, Tensor match, Tensor distance, Tensor distances, int first) -> ()");
+  m.def(
+      "place_products_(Tensor(a!) steps, Tensor offsets, Tensor match, Tensor distance, Tensor match_bounds, Tensor products, "
+      "Tensor slack, Tensor gallery_bounds, Tensor query, Tensor query_scale, Tensor gallery, Tensor gallery_scale, bool cosine, "
+      "int first) -> ()");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

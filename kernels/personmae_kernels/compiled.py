@@ -66,9 +66,12 @@ def complete() -> None:
     def _(gradient: Tensor, visible: Tensor, num_tokens: int) -> Tensor:
         return gradient.new_empty((visible.shape[0], num_tokens, gradient.shape[2]))
 
-    @torch.library.register_fake("personmae::adamw_ema_")
-    def _(*_: object) -> None:
-        return None
+    @torch.library.register_fake("personmae::pair_distances")
+    def _(query: Tensor, query_scale: Tensor, gallery: Tensor, gallery_scale: Tensor, rows: Tensor, columns: Tensor, cosine: bool) -> Tensor:
+        return query_scale.new_empty(rows.shape)
+
+    for name in ("adamw_ema_", "place_distances_", "place_products_"):
+        torch.library.register_fake(f"personmae::{name}", lambda *_: None)
 
     # Each is the other's gradient, as often as one likes.
     def keep_for_gather(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

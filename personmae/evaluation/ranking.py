@@ -4,29 +4,41 @@ The common protocol of single-query person ReID (Zheng et al., "Scalable person 
 2015, as torchreid, fast-reid and TransReID compute it): rank the gallery by distance, leave out images of the same
 person from the same camera, take precision at each match.
 
-Ties: of gallery images at the same distance the one with the smaller gallery index comes first. Distances are sums of
-squared differences in float64, taken in the same order for each pair, so that equal features are at exactly equal
-distances wherever they stand in the gallery.
+Ties: of gallery images at the same distance the one with the smaller gallery index comes first. `distances` defines what is the same distance:
+results do not depend on tiles, threads or the place in the gallery.
+
+Nothing is sorted but the few images of a query's own person: the rank of a match is a count of the images nearer than it.
+`personmae_kernels.match_places` takes the count from tiles of a float32 matrix product, and computes in float64 only the pairs that the product
+leaves open. Memory is the features and a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from personmae.data.records import PersonImage
+from personmae.evaluation.distances import Features, FloatArray, Held, Metric, Space, as_tensor, open_space, whole_float32
+from personmae.evaluation.memory import require_memory
+from personmae_kernels.match_places import Bounds, Matches, bounds_of_products, counts_of_steps, new_steps, place_distances_, place_products_
 
-Metric = Literal["cosine", "euclidean"]
-FloatArray = npt.NDArray[np.float64]
+LeaveOut = Literal["same-camera", "nothing"]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
-# Bounds the memory of a chunk of queries: about ten arrays of 8 bytes a pair.
+# Queries and gallery images of one product.
+TILE, TILE_ON_CUDA = (8192, 2048), (4096, 16384)
+TILE_OF_NEAREST = (1024, 4096)
+# Distances of a given matrix that are looked at in one go.
 CHUNK_PAIRS = 4_000_000
+# What is held of an image of a query's own person, in bytes, at the fullest moment.
+BYTES_A_MATCH = 160
 
 
 @dataclass(frozen=True)
@@ -67,31 +79,6 @@ def labels_of(images: Sequence[PersonImage]) -> Labels:
     )
 
 
-def distances(query: npt.ArrayLike, gallery: npt.ArrayLike, metric: Metric = "cosine") -> FloatArray:
-    """All distances [Q, G], float64.
-
-    query [Q, D], gallery [G, D]. cosine: 1 - cos, in [0, 2], taken as half the squared distance of the unit vectors; a
-    zero vector has no direction, and distance 1 from everything. euclidean: not squared.
-
-    Raises ValueError for other shapes, for no features, and for values that are not finite (naming the row).
-    """
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric is {metric!r}; allowed: cosine, euclidean")
-    query_array, gallery_array = _checked("query", query), _checked("gallery", gallery)
-    if query_array.shape[1] != gallery_array.shape[1]:
-        raise ValueError(
-            f"query features have {query_array.shape[1]} dimensions, gallery features {gallery_array.shape[1]}"
-        )
-    if metric == "euclidean":
-        return _pairwise(query_array, gallery_array)
-    query_norm = np.linalg.norm(query_array, axis=1, keepdims=True)
-    gallery_norm = np.linalg.norm(gallery_array, axis=1, keepdims=True)
-    unit_query = query_array / np.where(query_norm == 0, 1, query_norm)
-    unit_gallery = gallery_array / np.where(gallery_norm == 0, 1, gallery_norm)
-    cosine = _pairwise(unit_query, unit_gallery) ** 2 / 2
-    return np.where((query_norm == 0) | (gallery_norm == 0).T, 1.0, cosine)
-
-
 @dataclass(frozen=True)
 class MatchRanks:
     """Where the matches of each query stand in its ranking: all that CMC, mAP and mINP need, under any rule for ties.
@@ -119,134 +106,269 @@ class MatchRanks:
         """[Q] the matches of each query."""
         return np.diff(self.offsets)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[MatchRanks]) -> MatchRanks:
+        """The ranks of chunks of queries, in order, as one. Raises ValueError for no parts."""
+        if not parts:
+            raise ValueError("no parts: at least one chunk of queries is wanted")
+        per_row = ("match", "distance", "closer", "tied_before", "tied_after", "num_kept")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in per_row}
+        return cls(offsets=_offsets(np.concatenate([part.num_matches for part in parts])), **joined)
 
-def match_ranks_of_distances(distance: FloatArray, query: Labels, gallery: Labels) -> MatchRanks:
-    """The ranks of all matches from the distances [Q, G], by a stable sort. Raises ValueError if the shapes do not fit or a distance is NaN."""
-    order, match, kept = _ranked(distance, query, gallery)
-    rows, columns = np.nonzero(match & kept)
-    sorted_distance = np.take_along_axis(distance, order, axis=1)
-    before = np.concatenate([np.zeros((len(query), 1), np.int64), np.cumsum(kept, axis=1)], axis=1)
-    found = sorted_distance[rows, columns]
-    first = np.array([np.searchsorted(sorted_distance[row], value, "left") for row, value in zip(rows, found, strict=True)], np.int64)
-    end = np.array([np.searchsorted(sorted_distance[row], value, "right") for row, value in zip(rows, found, strict=True)], np.int64)
-    return MatchRanks(
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(query)))]).astype(np.int64),
-        match=order[rows, columns],
-        distance=found,
-        closer=before[rows, first],
-        tied_before=before[rows, columns] - before[rows, first],
-        tied_after=before[rows, end] - before[rows, columns] - 1,
-        num_kept=kept.sum(axis=1),
-    )
-
-
-def score_distances(distance: FloatArray, query: Labels, gallery: Labels) -> QueryScores:
-    """Scores of each query from its distances [Q, G] to the gallery. Raises ValueError if the shapes do not fit."""
-    order, match, kept = _ranked(distance, query, gallery)
-    # Rank of each kept gallery image, from 1, as if the images left out were not there.
-    rank = np.cumsum(kept, axis=1)
-    match &= kept
-    num_matches = match.sum(axis=1)
-    scored = num_matches > 0
-    precision = np.where(match, np.cumsum(match, axis=1) / np.maximum(rank, 1), 0)
-    last_rank = np.where(match, rank, 0).max(axis=1)
-    first_rank = np.where(match, rank, order.shape[1] + 1).min(axis=1)
-    return QueryScores(
-        average_precision=np.where(scored, precision.sum(axis=1) / np.maximum(num_matches, 1), np.nan),
-        inverse_negative_penalty=np.where(scored, num_matches / np.maximum(last_rank, 1), np.nan),
-        first_match=np.where(scored, first_rank - 1, -1),
-    )
+    def scores(self) -> QueryScores:
+        """Average precision, inverse negative penalty and first match of each query."""
+        num = self.num_matches
+        scored = num > 0
+        query = np.repeat(np.arange(len(num)), num)
+        precision = (np.arange(len(query)) - self.offsets[query] + 1) / self.rank
+        # A query without a match reads a neighbour's rank here, which is not used.
+        rank = np.concatenate([self.rank, [1]])
+        return QueryScores(
+            average_precision=np.where(scored, np.bincount(query, precision, len(num)) / np.maximum(num, 1), np.nan),
+            inverse_negative_penalty=np.where(scored, num / rank[self.offsets[1:] - 1], np.nan),
+            first_match=np.where(scored, rank[self.offsets[:-1]] - 1, -1),
+        )
 
 
-def score_features(
-    query_features: npt.ArrayLike,
-    gallery_features: npt.ArrayLike,
+def match_ranks(
+    query_features: Features,
+    gallery_features: Features,
     query: Labels,
     gallery: Labels,
     metric: Metric = "cosine",
-    chunk_pairs: int = CHUNK_PAIRS,
-) -> QueryScores:
-    """Scores of each query from features [Q, D] and [G, D].
+    *,
+    leave_out: LeaveOut = "same-camera",
+    tile: tuple[int, int] | None = None,
+) -> MatchRanks:
+    """The ranks of all matches from features [Q, D] and [G, D], numpy or torch, on the device they are on.
 
-    chunk_pairs: distances held at once, which bounds memory; at least one query is taken at a time.
+    leave_out: gallery images of the query's person from the query's camera, or none. tile: (queries, gallery images) of one matrix product; bounds
+    memory, and changes no result.
+
+    Raises ValueError for features that do not fit the labels or each other or are not finite (see `open_space`); UserError where the matches would
+    not fit into memory.
     """
-    chunks = [
-        score_distances(distance, part, gallery)
-        for distance, part in _chunks(query_features, gallery_features, query, gallery, metric, chunk_pairs)
-    ]
-    return QueryScores(
-        np.concatenate([chunk.average_precision for chunk in chunks]),
-        np.concatenate([chunk.inverse_negative_penalty for chunk in chunks]),
-        np.concatenate([chunk.first_match for chunk in chunks]),
-    )
+    space = _checked_space(query_features, gallery_features, query, gallery, metric)
+    candidates = _own_people(query, gallery, leave_out)
+    rows, columns = (torch.from_numpy(numbers).to(space.device) for numbers in (candidates.query, candidates.image))
+    return _count(candidates, space.pair_distances(rows, columns), len(gallery), lambda matches: _place_features(space, matches, tile))
+
+
+def match_ranks_of_distances(
+    distance: npt.ArrayLike | Tensor, query: Labels, gallery: Labels, *, leave_out: LeaveOut = "same-camera"
+) -> MatchRanks:
+    """The ranks of all matches from a matrix of distances [Q, G] of any real dtype, numpy or torch.
+
+    Raises ValueError if the shapes do not fit or a distance is NaN (naming the query); UserError where the matches would not fit into memory.
+    """
+    matrix = as_tensor("distances", distance)
+    if tuple(matrix.shape) != (len(query), len(gallery)):
+        raise ValueError(f"distances have shape {tuple(matrix.shape)}; labels say ({len(query)}, {len(gallery)})")
+    for rows in _slices(len(query), _rows_at_once(len(gallery))):
+        bad = matrix[rows].isnan().any(dim=1).nonzero()
+        if len(bad):
+            raise ValueError(f"distances of query {rows.start + int(bad[0])} are not numbers")
+    candidates = _own_people(query, gallery, leave_out)
+    own = matrix[torch.from_numpy(candidates.query).to(matrix.device), torch.from_numpy(candidates.image).to(matrix.device)]
+    return _count(candidates, own.double(), len(gallery), lambda matches: _place_matrix(matrix, matches))
+
+
+def score_distances(distance: npt.ArrayLike | Tensor, query: Labels, gallery: Labels) -> QueryScores:
+    """Scores of each query from its distances [Q, G] to the gallery. Raises ValueError if the shapes do not fit."""
+    return match_ranks_of_distances(distance, query, gallery).scores()
+
+
+def score_features(
+    query_features: Features, gallery_features: Features, query: Labels, gallery: Labels, metric: Metric = "cosine"
+) -> QueryScores:
+    """Scores of each query from features [Q, D] and [G, D]; see `match_ranks`."""
+    return match_ranks(query_features, gallery_features, query, gallery, metric).scores()
 
 
 def nearest_gallery(
-    query_features: npt.ArrayLike,
-    gallery_features: npt.ArrayLike,
+    query_features: Features,
+    gallery_features: Features,
     query: Labels,
     gallery: Labels,
     num_nearest: int = 10,
     metric: Metric = "cosine",
-    chunk_pairs: int = CHUNK_PAIRS,
+    *,
+    leave_out: LeaveOut = "same-camera",
+    tile: tuple[int, int] | None = None,
 ) -> IntArray:
-    """Gallery indices [Q, num_nearest] of each query's nearest by the protocol; -1 where the gallery is used up."""
+    """Gallery indices [Q, num_nearest] of each query's nearest by the protocol; -1 where the gallery is used up.
+
+    Arguments and errors: see `match_ranks`. Raises ValueError if num_nearest is less than 1.
+    """
+    if num_nearest < 1:
+        raise ValueError(f"num_nearest is {num_nearest}; at least 1 is wanted")
+    space = _checked_space(query_features, gallery_features, query, gallery, metric)
+    require_memory(64 * len(query) * min(num_nearest, len(gallery)), f"the {num_nearest:,} nearest of {len(query):,} queries")
     nearest = np.full((len(query), num_nearest), -1, np.int64)
-    start = 0
-    for distance, part in _chunks(query_features, gallery_features, query, gallery, metric, chunk_pairs):
-        order, _, kept = _ranked(distance, part, gallery)
-        for row in range(len(part)):
-            found = order[row][kept[row]][:num_nearest]
-            nearest[start + row, : len(found)] = found
-        start += len(part)
+    rows_at_once, columns_at_once = tile or TILE_OF_NEAREST
+    for rows in _slices(len(query), rows_at_once):
+        part = Labels(query.people[rows], query.cameras[rows])
+        chunk = replace(space, query=space.query.rows(rows))
+        found = _nearest(chunk, part, gallery, num_nearest, columns_at_once, leave_out)
+        nearest[rows, : found.shape[1]] = found
     return nearest
 
 
-def _ranked(
-    distance: FloatArray, query: Labels, gallery: Labels
-) -> tuple[IntArray, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Gallery order [Q, G] of each query; in that order: is it the same person, and does it count (is not left out)?"""
-    if distance.shape != (len(query), len(gallery)):
-        raise ValueError(f"distances have shape {distance.shape}; labels say ({len(query)}, {len(gallery)})")
-    if np.isnan(distance).any():
-        raise ValueError(f"distances of query {int(np.flatnonzero(np.isnan(distance).any(axis=1))[0])} are not numbers")
-    order = np.argsort(distance, axis=1, kind="stable")
-    match = gallery.people[order] == query.people[:, None]
-    same_camera = gallery.cameras[order] == query.cameras[:, None]
-    return order, match, ~(match & same_camera)
+@dataclass(frozen=True)
+class _Candidates:
+    """The gallery images of each query's own person, by query, then by gallery index."""
+
+    num_queries: int
+    query: IntArray  # [A]
+    image: IntArray  # [A]
+    left_out: BoolArray  # [A]
 
 
-def _chunks(
-    query_features: npt.ArrayLike,
-    gallery_features: npt.ArrayLike,
-    query: Labels,
-    gallery: Labels,
-    metric: Metric,
-    chunk_pairs: int,
-) -> Iterator[tuple[FloatArray, Labels]]:
-    query_array, gallery_array = _checked("query", query_features), _checked("gallery", gallery_features)
-    for part, array, labels in (("query", query_array, query), ("gallery", gallery_array, gallery)):
-        if len(array) != len(labels):
-            raise ValueError(f"{len(array)} {part} features, but labels of {len(labels)} images")
-    num_rows = max(1, chunk_pairs // len(gallery))
-    for start in range(0, len(query), num_rows):
-        rows = slice(start, start + num_rows)
-        yield distances(query_array[rows], gallery_array, metric), Labels(query.people[rows], query.cameras[rows])
+def _own_people(query: Labels, gallery: Labels, leave_out: LeaveOut) -> _Candidates:
+    if leave_out not in ("same-camera", "nothing"):
+        raise ValueError(f"leave_out is {leave_out!r}; allowed: same-camera, nothing")
+    by_person = np.argsort(gallery.people, kind="stable")
+    people = gallery.people[by_person]
+    first, end = np.searchsorted(people, query.people, "left"), np.searchsorted(people, query.people, "right")
+    num = end - first
+    total = int(num.sum())
+    require_memory(BYTES_A_MATCH * total, f"{total:,} pairs of a query with a gallery image of its person ({len(query):,} queries)")
+    row = np.repeat(np.arange(len(query)), num)
+    image = by_person[np.arange(total) - np.repeat(_offsets(num)[:-1] - first, num)]
+    same_camera = gallery.cameras[image] == query.cameras[row]
+    return _Candidates(len(query), row, image, same_camera if leave_out == "same-camera" else np.zeros(total, np.bool_))
 
 
-def _checked(part: str, features: npt.ArrayLike) -> FloatArray:
-    array = np.asarray(features, np.float64)
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{part} features have shape {array.shape}; [N, D] with at least one image is wanted")
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        raise ValueError(f"{part} features: row {bad[0]} is not finite ({len(bad)} such rows of {len(array)})")
-    return array
+def _count(candidates: _Candidates, distance: Tensor, num_gallery: int, place: Callable[[Matches], Tensor]) -> MatchRanks:
+    """The ranks, where `place` gives the steps of the whole gallery for the matches it is handed. distance: float64 [A], of the candidates."""
+    values = distance.cpu().numpy()
+    order = np.lexsort((candidates.image, values, candidates.query))
+    query, image, values, left_out = candidates.query[order], candidates.image[order], values[order], candidates.left_out[order]
+    kept = ~left_out
+    offsets = _offsets(np.bincount(query[kept], minlength=candidates.num_queries))
+    matches = Matches(*(torch.from_numpy(array).to(distance.device) for array in (offsets, image[kept], values[kept])))
+    counts = [count.cpu().numpy() for count in counts_of_steps(place(matches), matches.offsets)]
+    # Left out before each candidate in the order, before the first and before the end of its group of ties: the first two of a query count from zero.
+    before = np.concatenate([[0], np.cumsum(left_out)])
+    new_query = np.concatenate([[True], query[1:] != query[:-1]]) if len(query) else np.zeros(0, np.bool_)
+    new_group = new_query.copy()
+    new_group[1:] |= values[1:] != values[:-1]
+    group = np.cumsum(new_group) - 1
+    starts = np.flatnonzero(new_group)
+    ends = np.concatenate([starts[1:], [len(query)]]).astype(np.int64)
+    query_start = np.searchsorted(query, query)
+    at = np.flatnonzero(kept)
+    first, end = starts[group[at]], ends[group[at]]
+    return MatchRanks(
+        offsets=offsets,
+        match=image[kept],
+        distance=values[kept],
+        closer=counts[0] - (before[first] - before[query_start[at]]),
+        tied_before=counts[1] - (before[at] - before[first]),
+        tied_after=counts[2] - (before[end] - before[at]),
+        num_kept=num_gallery - np.bincount(query[left_out], minlength=candidates.num_queries),
+    )
 
 
-def _pairwise(query: FloatArray, gallery: FloatArray) -> FloatArray:
-    # Not by matrix product: its tiles add in an order that depends on the place in the matrix, which breaks ties at
-    # random.
-    return torch.cdist(
-        torch.from_numpy(query), torch.from_numpy(gallery), compute_mode="donot_use_mm_for_euclid_dist"
-    ).numpy()
+def _place_features(space: Space, matches: Matches, tile: tuple[int, int] | None) -> Tensor:
+    """The steps of all gallery images, from tiles of products."""
+    rows_at_once, columns_at_once = tile or (TILE_ON_CUDA if space.device.type == "cuda" else TILE)
+    steps = [new_steps(matches)[:, :0]]
+    for rows, part in _chunks_of_matches(matches, rows_at_once):
+        own = new_steps(part)
+        steps.append(own)
+        if not len(part.match):
+            continue
+        query = space.query.rows(rows)
+        held = space.hold(query)
+        slack, query_of = space.slack(held), torch.repeat_interleave(held.square, part.offsets.diff())
+        limits = space.limits(part.distance, query_of)
+        for columns, gallery_held, products in _products(space, held.values, columns_at_once):
+            bounds = Bounds(limits, slack, space.gallery_bounds(gallery_held))
+            gallery = space.gallery.rows(columns)
+            place_products_(own, part, products, bounds, query, gallery, cosine=space.cosine, first=columns.start)
+    return torch.cat(steps, dim=1)
+
+
+def _place_matrix(matrix: Tensor, matches: Matches) -> Tensor:
+    """The steps of all gallery images, from a matrix [Q, G]."""
+    dtype = torch.float32 if matrix.is_floating_point() and matrix.dtype != torch.float64 else torch.float64
+    steps = [new_steps(matches)[:, :0]]
+    for rows, part in _chunks_of_matches(matches, _rows_at_once(matrix.shape[1])):
+        own = new_steps(part)
+        place_distances_(own, part, matrix[rows].to(dtype))
+        steps.append(own)
+    return torch.cat(steps, dim=1)
+
+
+def _nearest(space: Space, query: Labels, gallery: Labels, num_nearest: int, columns_at_once: int, leave_out: LeaveOut) -> IntArray:
+    """Gallery indices [Q, at most num_nearest]: of each tile the images that may be among the nearest, sorted in with those of earlier tiles."""
+    num_queries, num_columns = len(query), min(num_nearest, len(gallery))
+    held = space.hold(space.query)
+    slack = space.slack(held)
+    best, image = np.full((num_queries, num_columns), np.inf), np.full((num_queries, num_columns), -1, np.int64)
+    people, cameras = (torch.from_numpy(numbers).to(space.device)[:, None] for numbers in (query.people, query.cameras))
+    for columns, gallery_held, products in _products(space, held.values, columns_at_once):
+        own_people, own_cameras = (torch.from_numpy(numbers[columns]).to(space.device) for numbers in (gallery.people, gallery.cameras))
+        counts = (people != own_people) | (cameras != own_cameras) if leave_out == "same-camera" else torch.ones_like(products, dtype=torch.bool)
+        lower, upper = bounds_of_products(products, slack, space.gallery_bounds(gallery_held))
+        limit = space.limits(torch.from_numpy(best[:, -1]).to(space.device), held.square)[1]
+        if not np.isfinite(best[:, -1]).all() and products.shape[1] >= num_columns:
+            surely = upper.masked_fill_(~counts, np.inf).topk(num_columns, dim=1, largest=False).values[:, -1]
+            limit = torch.minimum(limit, space.surely_farther(surely, held.square))
+        row, column = (counts & (lower <= limit[:, None])).nonzero(as_tuple=True)
+        column += columns.start
+        found = space.pair_distances(row, column)
+        best, image = _merged(best, image, row.cpu().numpy(), column.cpu().numpy(), found.cpu().numpy())
+    return image
+
+
+def _merged(best: FloatArray, image: IntArray, row: IntArray, column: IntArray, found: FloatArray) -> tuple[FloatArray, IntArray]:
+    """The nearest [Q, K] so far and more pairs [P]: the nearest of all."""
+    num_queries, num_columns = best.shape
+    rows = np.concatenate([np.repeat(np.arange(num_queries), num_columns), row])
+    # Places that are not filled yet come last.
+    images = np.concatenate([np.where(image < 0, np.iinfo(np.int64).max, image).ravel(), column])
+    values = np.concatenate([best.ravel(), found])
+    order = np.lexsort((images, values, rows))
+    rows, images, values = rows[order], images[order], values[order]
+    take = np.searchsorted(rows, np.arange(num_queries))[:, None] + np.arange(num_columns)
+    return values[take], np.where(images[take] == np.iinfo(np.int64).max, -1, images[take])
+
+
+def _products(space: Space, query: Tensor, columns_at_once: int) -> Iterator[tuple[slice, Held, Tensor]]:
+    """Tiles over the gallery: its columns, as held, and the products float32 [Q, G'] with the query as held, which last until the next tile."""
+    room = torch.empty(len(query) * min(columns_at_once, len(space.gallery.features)), dtype=torch.float32, device=space.device)
+    for columns in _slices(len(space.gallery.features), columns_at_once):
+        gallery = space.hold(space.gallery.rows(columns))
+        products = room[: len(query) * len(gallery.values)].view(len(query), len(gallery.values))
+        with whole_float32():
+            torch.mm(query, gallery.values.T, out=products)
+        yield columns, gallery, products
+
+
+def _chunks_of_matches(matches: Matches, rows_at_once: int) -> Iterator[tuple[slice, Matches]]:
+    offsets = matches.offsets.tolist()
+    for rows in _slices(len(offsets) - 1, rows_at_once):
+        first, end = offsets[rows.start], offsets[rows.stop]
+        yield rows, Matches(matches.offsets[rows.start : rows.stop + 1] - first, matches.match[first:end], matches.distance[first:end])
+
+
+def _slices(num: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, num)) for start in range(0, num, step))
+
+
+def _rows_at_once(num_gallery: int) -> int:
+    return max(1, CHUNK_PAIRS // max(1, num_gallery))
+
+
+def _offsets(num: IntArray) -> IntArray:  # [Q] -> [Q + 1]
+    return np.concatenate([[0], np.cumsum(num)]).astype(np.int64)
+
+
+def _checked_space(query_features: Features, gallery_features: Features, query: Labels, gallery: Labels, metric: Metric) -> Space:
+    space = open_space(query_features, gallery_features, metric)
+    for part, vectors, labels in (("query", space.query, query), ("gallery", space.gallery, gallery)):
+        if len(vectors.features) != len(labels):
+            raise ValueError(f"{len(vectors.features)} {part} features, but labels of {len(labels)} images")
+    return space
