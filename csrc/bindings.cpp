@@ -11,6 +11,16 @@ STABLE_TORCH_LIBRARY(personmae, m) {
   m.def(
       "adamw_ema_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
       "Tensor hyper, float[] weight_decays, Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor(f!)[] average_copies) -> ()");
+  m.def("select_nearest_(Tensor scores, int first_column, Tensor(a!) best, Tensor(b!) indices, Tensor(c!) lowest) -> ()");
+  m.def("pair_distances(Tensor left, Tensor right, Tensor rows, Tensor columns) -> Tensor");
+  m.def("reciprocal_sets(Tensor ranks, int num_half) -> (Tensor, Tensor)");
+  m.def("mean_rows(Tensor offsets, Tensor columns, Tensor units, Tensor ranks) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "min_sum_pairs(Tensor offsets, Tensor columns, Tensor units, Tensor column_offsets, Tensor column_rows, "
+      "Tensor column_units, int num_others, int first, int last, int least) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "min_sums(Tensor offsets, Tensor columns, Tensor units, Tensor column_offsets, Tensor column_rows, Tensor column_units, "
+      "int num_others, int first, int last) -> Tensor");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
