@@ -34,6 +34,7 @@ HOMES = {
     "xformers": ["personmae/models/attention.py"],
     "faiss": ["personmae/evaluation/neighbours.py"],
     "sklearn": ["personmae/evaluation/clustering.py"],
+    "scipy": ["personmae/evaluation/"],
     "matplotlib": ["personmae/visuals/"],
     "triton": ["kernels/"],
     "apex": ["personmae/training/optimisers.py"],
