@@ -33,8 +33,9 @@ struct Sparse {
   int64_t num_rows;
 };
 
-// Every column has to lie below num_columns: the loops index with them.
-Sparse sparse(const Tensor& offsets, const Tensor& columns, const Tensor& values, int64_t num_columns, const char* name) {
+// Every column has to lie below num_columns, since the loops index with them; and units are positive, since a sum of 0 is one not begun.
+Sparse sparse(const Tensor& offsets, const Tensor& columns, const Tensor& values, int64_t num_columns, const char* name,
+              bool positive = true) {
   personmae::check_tensor(offsets, name, ScalarType::Long, 1);
   personmae::check_tensor(columns, name, ScalarType::Int, 1);
   personmae::check_tensor(values, name, ScalarType::Int, 1);
@@ -46,6 +47,9 @@ Sparse sparse(const Tensor& offsets, const Tensor& columns, const Tensor& values
                   name, ": offsets, columns and values do not belong together");
   STD_TORCH_CHECK(std::all_of(column, column + num_values, [&](int32_t c) { return 0 <= c && c < num_columns; }), name,
                   ": columns must be 0 to ", num_columns - 1);
+  if (positive)
+    STD_TORCH_CHECK(std::all_of(ints(values), ints(values) + num_values, [](int32_t unit) { return unit > 0; }), name,
+                    ": units must be positive");
   return {offset, column, ints(values), num_rows};
 }
 
@@ -142,7 +146,7 @@ std::tuple<Tensor, Tensor> reciprocal_sets(const Tensor& ranks, int64_t num_half
 // The rows of `ranks` int32 [N, K2], averaged: (sum + K2 / 2) / K2 in integers, zeros left out. -> offsets, columns, units.
 std::tuple<Tensor, Tensor, Tensor> mean_rows(const Tensor& offsets, const Tensor& columns, const Tensor& units, const Tensor& ranks) {
   const Lists neighbours = lists(ranks);
-  const Sparse rows = sparse(offsets, columns, units, neighbours.num, "units");
+  const Sparse rows = sparse(offsets, columns, units, neighbours.num, "units", false);
   STD_TORCH_CHECK(rows.num_rows == neighbours.num, "ranks: ", rows.num_rows, " rows are needed, as in units");
   const auto make_rows = [&] {
     return [&neighbours, &rows, sums = std::vector<int64_t>(neighbours.num, 0), touched = std::vector<int32_t>()](int64_t i, Rows& out) mutable {

@@ -58,7 +58,9 @@ def dense_jaccard(vectors: np.ndarray) -> np.ndarray:
     return np.maximum(0, 1 - sums / (2 - sums))
 
 
-def dense_reranked(query: np.ndarray, gallery: np.ndarray, k1: int, k2: int, weight: float, definition: str, metric: str, resquare: bool = False) -> np.ndarray:
+def dense_reranked(
+    query: np.ndarray, gallery: np.ndarray, k1: int, k2: int, weight: float, definition: str, metric: str, resquare: bool = False
+) -> np.ndarray:
     """[Q, G], the final distances."""
     distance = dense_distances(np.concatenate([query, gallery]), metric)
     jaccard = dense_jaccard(dense_vectors(distance, k1, k2, definition, metric=metric, resquare=resquare))

@@ -1,13 +1,13 @@
 """Nearest neighbours of features, exactly: the k smallest by (distance, index), found tile by tile in bounded memory.
 
 Matrix products in float32 find k + MARGIN candidates of each row. Their distances are then taken pair by pair (pair_distances), which does not depend
-on tiles, backends or places, and ties are broken by the smaller index. A row is settled when its worst candidate is farther than its k-th neighbour by more than a
-product can err (`Points.error`, a bound and not an estimate); every other row, such as one with more than k equal neighbours, is searched again with
-all images within that error. So duplicates, ties and any size of tile give the same neighbours. An image is its own neighbour at distance 0; copies of it
-with a smaller index come first.
+on tiles, backends or places, and ties are broken by the smaller index. A row is settled when its worst candidate is farther than its k-th neighbour
+by more than a product can err (`Points.error`, a bound and not an estimate); every other row, such as one with more than k equal neighbours, is
+searched again with all images within that error. So duplicates, ties and any size of tile give the same neighbours. An image is its own neighbour at
+distance 0; copies of it with a smaller index come first.
 
-Backends of the first step: `torch`, whose tiles serve their rows and their columns where a set is searched in itself, and a flat index of `faiss`. This is the
-only file that imports faiss.
+Backends of the first step: `torch`, whose tiles serve their rows and their columns where a set is searched in itself, and a flat index of `faiss`.
+This is the only file that imports faiss.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Points(NamedTuple):
         return torch.where(nothing, 1.0, squared / 2)
 
     def error(self, among: Points) -> Tensor:
-        """float32 [N]: by how much a distance from a matrix product can miss that of `distances`, at most (Higham, "Accuracy and stability of numerical
-        algorithms", 2002, section 3.1: D roundings of each product)."""
+        """float32 [N]: by how much a distance from a matrix product can miss that of `distances`, at most (Higham, "Accuracy and stability of
+        numerical algorithms", 2002, section 3.1: D roundings of each product)."""
         roundings = (self.rows.shape[1] + 8) * 2.0**-24
         if self.metric == "cosine":
             return torch.full_like(self.squares, roundings)
@@ -101,8 +101,9 @@ def nearest_neighbours(
 ) -> Neighbours:
     """The k nearest of each row of features [N, D] among the features [M, D], by default themselves; all M where k is larger.
 
-    Any float dtype, numpy or torch; tensors on CUDA are searched there. metric: "cosine", 1 - cos, where a zero vector is at distance 1 from everything; or
-    "sqeuclidean", the squared distance of the features as they are. Distances are those of the vectors in float32. progress: called with (rows done, N).
+    Any float dtype, numpy or torch; tensors on CUDA are searched there. metric: "cosine", 1 - cos, where a zero vector is at distance 1 from
+    everything; or "sqeuclidean", the squared distance of the features as they are. Distances are those of the vectors in float32. progress: called
+    with (rows done, N).
 
     Raises ValueError for features that are not finite (naming the row), of other shapes or too large to be squared, and for k < 1; UserError where
     faiss is asked for and missing, and for what does not fit into memory.
@@ -117,25 +118,25 @@ def as_points(name: str, features: Features, metric: NeighbourMetric, device: to
     """Checked features [N, D], at least one; `name` is for messages."""
     if metric not in ("cosine", "sqeuclidean"):
         raise ValueError(f"metric is {metric!r}; allowed: cosine, sqeuclidean")
-    tensor = features.detach() if isinstance(features, Tensor) else torch.as_tensor(np.asarray(features))
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise ValueError(f"{name} have shape {tuple(tensor.shape)}; [N, D] with at least one image is wanted")
-    if not tensor.is_floating_point():
-        tensor = tensor.float()
-    device = tensor.device if device is None else device
-    require_memory(4.0 * tensor.numel(), f"a float32 copy of {len(tensor):,} features of {tensor.shape[1]} dimensions", device)
-    rows = torch.empty(tensor.shape, dtype=torch.float32, device=device)
-    squares = rows.new_empty(len(rows))
-    step = max(1, (1 << 22) // tensor.shape[1])
-    for start in range(0, len(tensor), step):
+    array = features.detach() if isinstance(features, Tensor) else np.asarray(features)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name} have shape {tuple(array.shape)}; [N, D] with at least one image is wanted")
+    device = device or (array.device if isinstance(array, Tensor) else torch.device("cpu"))
+    N, D = array.shape
+    require_memory(4.0 * N * D, f"a float32 copy of {N:,} features of {D} dimensions", device)
+    rows = torch.empty((N, D), dtype=torch.float32, device=device)
+    squares = rows.new_empty(N)
+    step = max(1, (1 << 22) // D)
+    for start in range(0, N, step):
         part = slice(start, start + step)
-        wide = tensor[part].to(device, torch.float64)
+        wide = array[part].to(device, torch.float64) if isinstance(array, Tensor) else torch.from_numpy(array[part].astype(np.float64)).to(device)
         bad = (~wide.isfinite().all(dim=1)).nonzero()
         if len(bad):
             raise ValueError(f"{name}: row {start + int(bad[0])} is not finite")
         if metric == "cosine":
             # The largest value first: squares of very small or very large ones would leave float64.
-            wide = wide / torch.where((largest := wide.abs().amax(dim=1, keepdim=True)) == 0, 1, largest)
+            largest = wide.abs().amax(dim=1, keepdim=True)
+            wide = wide / torch.where(largest == 0, 1, largest)
             length = wide.norm(dim=1, keepdim=True)
             wide = wide / torch.where(length == 0, 1, length)
         rows[part] = wide
@@ -223,7 +224,8 @@ def faiss_problem() -> str | None:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products in float32 as IEEE has it, whatever the process allows: neither TF32 nor bfloat16, no autocast. What is set outside comes back."""
+    """Matrix products in float32 as IEEE has it, whatever the process allows: neither TF32 nor bfloat16, no autocast. What is set outside comes
+    back."""
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:
@@ -302,10 +304,7 @@ def _search_again(points: Points, others: Points, open_rows: Tensor, nearest: Te
     for start in range(0, len(open_rows), step):
         here = open_rows[start : start + step]
         products = points.rows[here] @ others.rows.T
-        if points.metric == "cosine":
-            approximate = 1 - products
-        else:
-            approximate = points.squares[here, None] + others.squares - 2 * products
+        approximate = 1 - products if points.metric == "cosine" else points.squares[here, None] + others.squares - 2 * products
         bound = distances[here, -1] * (1 + 2.0**-22) + error[here]
         place, columns = (approximate <= bound[:, None]).nonzero(as_tuple=True)
         columns = columns.int()

@@ -1,18 +1,19 @@
 """k-reciprocal vectors and the Jaccard distance, sparse: equal to the dense definition for every pair up to a cut, in memory linear in the images.
 
-Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding", CVPR 2017. Each image has a sparse vector V over the images: weights on its
-expanded k-reciprocal set, which sum to 1, averaged over its k2 nearest, itself among them; the Jaccard distance of two images is 1 - S / (2 - S), S the
-sum of the smaller of their weights. Two definitions are in use, and give different numbers:
+Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding", CVPR 2017. Each image has a sparse vector V over the images: weights
+on its expanded k-reciprocal set, which sum to 1, averaged over its k2 nearest, itself among them; the Jaccard distance of two images is 1 - S / (2 -
+S), S the sum of the smaller of their weights. Two definitions are in use, and give different numbers:
 
-    classic    the authors' code, as torchreid, TransReID and TransReID-SSL have it: neighbours are the k1 + 1 nearest, an image itself among them; a weight is
-               exp(-d), d the squared Euclidean distance divided by the largest of the image's row. `resquare`: d is squared once more before that, as
-               torchreid does, which takes the square of what is a square already.
-    fast-reid  fast-reid, OpenUnReID, SpCL, Cluster Contrast: neighbours are the k1 nearest, an image itself among them; a weight is exp(-d), d the squared
-               Euclidean distance, 2 - 2 cos of unit vectors.
+    classic    the authors' code, as torchreid, TransReID and TransReID-SSL have it: neighbours are the k1 + 1 nearest, an image itself among them;
+               a weight is exp(-d), d the squared Euclidean distance divided by the largest of the image's row. `resquare`: d is squared once more
+               before that, as in torchreid, which takes the square of what is a square already.
+    fast-reid  fast-reid, OpenUnReID, SpCL, Cluster Contrast: neighbours are the k1 nearest, an image itself among them; a weight is exp(-d), d the
+               squared Euclidean distance, 2 - 2 cos of unit vectors.
 
 In both, half sets are of the first round(k1 / 2) + 1 neighbours (a half rounds to the even number), and a half set is taken over where more than two
 thirds of it are in the set already. Where the codes leave it to chance, ties go to the smaller index. Weights are held in units of 2^-30
-(`personmae_kernels.jaccard`): the distance differs from the real-valued definition by about 1e-7, as float32 does, and does not depend on tiles or device.
+(`personmae_kernels.jaccard`): the distance differs from the real-valued definition by about 1e-7, as float32 does, and does not depend on tiles or
+device.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ def jaccard_distances(
 ) -> csr_array:
     """The Jaccard distances of features [N, D] to one another, as far as they are at most `cut`: float32 [N, N], columns rising in each row.
 
-    Pairs that are not stored are farther than cut; a stored 0 is a distance of 0. The matrix is symmetric. Defaults as Cluster Contrast has them. cut: in
-    [0, 1), for DBSCAN the largest eps. progress: of the neighbour search. Raises as `nearest_neighbours`, ValueError for other parameters, UserError when
-    the pairs outgrow the memory.
+    Pairs that are not stored are farther than cut; a stored 0 is a distance of 0. The matrix is symmetric. Defaults as Cluster Contrast has them.
+    cut: in [0, 1), for DBSCAN the largest eps. progress: of the neighbour search. Raises as `nearest_neighbours`, ValueError for other parameters,
+    UserError when the pairs outgrow the memory.
     """
     reciprocal = Reciprocal(definition, k1, k2, resquare)
     if not 0 <= cut < 1:
@@ -178,6 +179,7 @@ def _check_growth(num_pairs: int, num_done: int, num_images: int, cut: float) ->
     expected = num_pairs / num_done * num_images
     if free is not None and 16 * expected - 8 * num_pairs > free:
         raise UserError(
-            f"about {expected:,.0f} pairs of images are within a Jaccard distance of {cut}, {math.ceil(expected / num_images):,} for each image: they need "
-            f"{16 * expected / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free. Features that are nearly all the same do that; else a smaller cut helps"
+            f"about {expected:,.0f} pairs of images are within a Jaccard distance of {cut}, {math.ceil(expected / num_images):,} for each image: "
+            f"they need {16 * expected / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free. Features that are nearly all the same do that; else a "
+            "smaller cut helps"
         )

@@ -1,8 +1,8 @@
 """k-reciprocal re-ranking: distances of queries to a gallery that take the neighbours of both into account, tile by tile.
 
 The final distance is (1 - weight) * Jaccard distance + weight * original distance, over the images of query and gallery together. `reciprocal` has
-the Jaccard distance and its two definitions. The original distance is, in `classic`, the squared Euclidean one divided by the largest of the query's row,
-gallery and queries, squared once more with `resquare`; in `fast-reid` the metric's own: 1 - cos, or the squared Euclidean distance.
+the Jaccard distance and its two definitions. The original distance is, in `classic`, the squared Euclidean one divided by the largest of the query's
+row, gallery and queries, squared once more with `resquare`; in `fast-reid` the metric's own: 1 - cos, or the squared Euclidean distance.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def reranked_distances(
 ) -> Iterator[Tile]:
     """Yields (queries, float32 [rows, G]): the final distances of a slice of the queries [Q, D] to the gallery [G, D], until all had their turn.
 
-    metric: "cosine" for features at unit length, which TransReID's and fast-reid's scores are of; "sqeuclidean" for features as they are, as torchreid has
-    them. weight: of the original distance, the paper's lambda. rows_at_once: queries in a tile, by default about 64 MiB. progress: of the neighbour search,
-    called with (images done, Q + G). The memory is that of the features, a copy of them, and a few tiles.
+    metric: "cosine" for features at unit length, which TransReID's and fast-reid's scores are of; "sqeuclidean" for features as they are, as
+    torchreid has them. weight: of the original distance, the paper's lambda. rows_at_once: queries in a tile, by default about 64 MiB. progress: of
+    the neighbour search, called with (images done, Q + G). The memory is that of the features, a copy of them, and a few tiles.
 
-    Arguments are checked, and neighbours found, before the first tile. Raises ValueError for features that are not finite (naming the row), of other shapes
-    and for other parameters; UserError for what does not fit into memory.
+    Arguments are checked, and neighbours found, before the first tile. Raises ValueError for features that are not finite (naming the row), of other
+    shapes and for other parameters; UserError for what does not fit into memory.
     """
     reciprocal = Reciprocal(definition, k1, k2, resquare)
     if not 0 <= weight <= 1:
