@@ -4,8 +4,8 @@
     python benchmarks/_jaccard_cases.py --num 32621 --ways sparse      ours alone, at the size of MSMT17's training set
     python benchmarks/_jaccard_cases.py --num-query 11659 --num-gallery 82161 --ways reranking
 
-Features are drawn, not real: identities of about 31 images in 64 latent dimensions, seen by cameras, mapped to 768. The time counts from the features in
-memory to the labels (or the last tile of distances); the memory is the peak of the whole process, Python, torch and the features with it.
+Features are drawn, not real: identities of about 31 images in 64 latent dimensions, seen by cameras, mapped to 768. The time counts from the features
+in memory to the labels (or the last tile of distances); the memory is the peak of the whole process, Python, torch and the features with it.
 """
 
 from __future__ import annotations

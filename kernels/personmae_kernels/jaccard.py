@@ -7,8 +7,8 @@ encoding", CVPR 2017). N images, each with a list of its W nearest, itself among
     min_sums, min_sum_pairs   S(i, k) = sum over c of min(V[i, c], V[k, c]), dense for some rows, or as pairs of at least some sum
 
 Weights are integers, `ONE` standing for 1 (so a row's weights add up to about ONE, and a sum fits into int32): integer sums do not depend on their
-order, so C++ and plain torch, CPU and CUDA, and any size of tile agree to the bit, and S is exactly symmetric. A unit is 2^-30, which a
-float32 near 1 does not resolve.
+order, so C++ and plain torch, CPU and CUDA, and any size of tile agree to the bit, and S is exactly symmetric. A unit is 2^-30, which a float32
+near 1 does not resolve.
 
 On a CPU all are C++ where that is built; on CUDA plain torch. `Rows` is a sparse matrix by rows: offsets int64 [N + 1], columns int32 [E] rising in
 each row, units int32 [E].

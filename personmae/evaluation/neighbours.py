@@ -300,6 +300,12 @@ def _nearest_of(points: Points, others: Points, candidates: Tensor, k: int) -> t
 def _search_again(points: Points, others: Points, open_rows: Tensor, nearest: Tensor, distances: Tensor, error: Tensor) -> None:
     """Rows whose candidates may not have been enough: all images that a product, with its error, cannot tell from the k-th neighbour. In place."""
     M, k = len(others.rows), nearest.shape[1]
+    if points.metric == "cosine":
+        # A zero vector is as far from everything: the first k, without as many distances as there are images.
+        nothing = points.squares[open_rows] == 0
+        nearest[open_rows[nothing]] = torch.arange(k, dtype=torch.int32, device=nearest.device)
+        distances[open_rows[nothing]] = 1.0
+        open_rows = open_rows[~nothing]
     step = max(1, TILE_SIDE.get(points.rows.device.type, TILE_SIDE["cpu"]) ** 2 // M)
     for start in range(0, len(open_rows), step):
         here = open_rows[start : start + step]
