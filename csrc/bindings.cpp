@@ -20,6 +20,15 @@ STABLE_TORCH_LIBRARY(personmae, m) {
       "place_products_(Tensor(a!) steps, Tensor offsets, Tensor match, Tensor distance, Tensor match_bounds, Tensor products, "
       "Tensor slack, Tensor gallery_bounds, Tensor query, Tensor query_scale, Tensor gallery, Tensor gallery_scale, bool cosine, "
       "int first) -> ()");
+  m.def("select_nearest_(Tensor scores, int first_column, Tensor(a!) best, Tensor(b!) indices, Tensor(c!) lowest) -> ()");
+  m.def("reciprocal_sets(Tensor ranks, int num_half) -> (Tensor, Tensor)");
+  m.def("mean_rows(Tensor offsets, Tensor columns, Tensor units, Tensor ranks) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "min_sum_pairs(Tensor offsets, Tensor columns, Tensor units, Tensor column_offsets, Tensor column_rows, "
+      "Tensor column_units, int num_others, int first, int last, int least) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "min_sums(Tensor offsets, Tensor columns, Tensor units, Tensor column_offsets, Tensor column_rows, Tensor column_units, "
+      "int num_others, int first, int last) -> Tensor");
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

@@ -77,6 +77,11 @@ def form_for(tensor: Tensor, has_compiled: bool = False, has_triton: bool = True
     return "triton"
 
 
+def runs_compiled(tensor: Tensor) -> bool:
+    """Whether C++ runs, of an operator that has a C++ form for the CPU and is plain PyTorch elsewhere."""
+    return tensor.is_cpu and form_for(tensor, has_compiled=True, has_triton=False) == "compiled"
+
+
 def describe_operators(device: torch.device) -> str:
     """The form that operators run in on this device, and why, in one sentence. Raises as form_for does."""
     asked = _forced or os.environ.get("PERSONMAE_OPERATORS")

@@ -32,8 +32,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from personmae_kernels import launching, match_places_reference
+from personmae_kernels import match_places_reference
 from personmae_kernels.checks import axis_sizes, check_dtype
+from personmae_kernels.launching import runs_compiled
 from personmae_kernels.match_places_reference import bounds_of_products
 
 __all__ = [
@@ -148,11 +149,6 @@ def counts_of_steps(steps: Tensor, offsets: Tensor) -> Counts:
     total = torch.cat([steps.new_zeros(3, 1), steps.cumsum(dim=1)], dim=1)
     place = torch.arange(len(query), device=steps.device) + query
     return Counts(*(total[:, place + 1] - total[:, (offsets[:-1] + torch.arange(len(num_matches), device=steps.device))[query]]))
-
-
-def runs_compiled(tensor: Tensor) -> bool:
-    """Whether C++ runs: plain PyTorch is the form on CUDA too."""
-    return tensor.is_cpu and launching.form_for(tensor, has_compiled=True, has_triton=False) == "compiled"
 
 
 def contiguous(record: Record) -> Record:
