@@ -1,8 +1,8 @@
 """Seconds and memory of ranking a gallery, ours beside evaluators that sort: python benchmarks/ranking_speed.py [--size market msmt17 20000]
 
 Distances included, from drawn features of 768 dimensions, clustered by person. Each case runs in a process of its own, so that its peak memory is
-its own, and in turns, so that a busy machine slows all alike. Nothing is timed unless ours equals the sorting evaluator on some queries of the size. A
-case that needs more memory than there is is skipped, with the estimate.
+its own, and in turns, so that a busy machine slows all alike. Nothing is timed unless ours equals the sorting evaluator on some queries of the size.
+A case that needs more memory than there is is skipped, with the estimate.
 """
 
 from __future__ import annotations
