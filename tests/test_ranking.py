@@ -299,9 +299,9 @@ def test_small_and_odd_sets() -> None:
 
 def test_more_pairs_than_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**34)
-    rows = np.broadcast_to(np.float32(1), (1_000_000, 1))
-    everybody = Labels(np.broadcast_to(np.int64(1), 1_000_000), np.broadcast_to(np.int64(1), 1_000_000))
-    with pytest.raises(UserError, match=r"1,000,000,000,000 pairs .* would take about [\d,.]+ GiB, and 16\.0 GiB"):
+    rows = np.broadcast_to(np.float32(1), (10_000_000, 1))
+    everybody = Labels(np.broadcast_to(np.int64(1), 10_000_000), np.broadcast_to(np.int64(1), 10_000_000))
+    with pytest.raises(UserError, match=r"100,000,000,000,000 pairs .* would take about [\d,.]+ GiB, and 16\.0 GiB"):
         match_ranks(rows, rows, everybody, everybody)
 
 

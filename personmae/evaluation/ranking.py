@@ -148,8 +148,9 @@ def match_ranks(
     Raises ValueError for features that do not fit the labels or each other or are not finite (see `open_space`); UserError where the matches would
     not fit into memory.
     """
-    space = _checked_space(query_features, gallery_features, query, gallery, metric)
+    # First, for it may refuse, and takes less time than a look at all features.
     candidates = _own_people(query, gallery, leave_out)
+    space = _checked_space(query_features, gallery_features, query, gallery, metric)
     rows, columns = (torch.from_numpy(numbers).to(space.device) for numbers in (candidates.query, candidates.image))
     return _count(candidates, space.pair_distances(rows, columns), len(gallery), lambda matches: _place_features(space, matches, tile))
 
