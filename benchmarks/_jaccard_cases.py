@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,33 +48,35 @@ def main() -> None:
         print(json.dumps(measure(options.ways[0], vars(options))))
         return
     for row in rows_of(options.ways, vars(options)):
-        print(json.dumps(row))
+        print(json.dumps(row), flush=True)
 
 
 def jaccard_rows(num: int, *, ways: Sequence[str] = ("sparse", "dense"), dimensions: int = 768, device: str = "cpu") -> list[dict[str, Any]]:
     """One row for each way: seconds, peak_gib, clusters, outliers, and whether the labels are those of the first way."""
-    return rows_of(ways, {"num": num, "dimensions": dimensions, "device": device})
+    return list(rows_of(ways, {"num": num, "dimensions": dimensions, "device": device}))
 
 
 def reranking_rows(num_query: int, num_gallery: int, *, dimensions: int = 768, device: str = "cpu") -> list[dict[str, Any]]:
     """The row of re-ranked distances, all of them taken and let go."""
-    return rows_of(["reranking"], {"num_query": num_query, "num_gallery": num_gallery, "dimensions": dimensions, "device": device})
+    return list(rows_of(["reranking"], {"num_query": num_query, "num_gallery": num_gallery, "dimensions": dimensions, "device": device}))
 
 
-def rows_of(ways: Sequence[str], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(ways: Sequence[str], settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of `measure`, each from a fresh process, so that the peak of one is not that of another."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name not in ("ways", "inside")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])}
-    rows: list[dict[str, Any]] = []
+    first = None
     for way in ways:
         command = [sys.executable, str(Path(__file__).resolve()), "--inside", *flags, "--ways", way]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if run.returncode:
-            rows.append({"way": way, "failed": (run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1]})
+            yield {"way": way, "failed": (run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1]}
             continue
-        rows.append(json.loads(run.stdout.splitlines()[-1]))
-    first = next((row["labels"] for row in rows if "labels" in row), None)
-    return [{**row, "same_labels": row["labels"] == first} if "labels" in row else row for row in rows]
+        row = json.loads(run.stdout.splitlines()[-1])
+        if "labels" in row:
+            first = first or row["labels"]
+            row["same_labels"] = row["labels"] == first
+        yield row
 
 
 def measure(way: str, settings: Mapping[str, Any]) -> dict[str, Any]:
