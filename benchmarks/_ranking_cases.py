@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from benchmarks._ranking_peers import BYTES_A_PAIR, average_precisions, matrix_of_distances
 from personmae.evaluation.distances import distances
+from personmae.evaluation.measures import measure_queries
 from personmae.evaluation.ranking import Labels, match_ranks
 from personmae_kernels import compiled, launching
 
@@ -110,7 +111,7 @@ def run_ours(size: Size, spread: float, form: launching.Form) -> dict[str, Any]:
     match_ranks(*draw(size_of("50"), spread))
     drawn = draw(size, spread)
     started = time.perf_counter()
-    precision = match_ranks(*drawn).scores().average_precision
+    precision = measure_queries(match_ranks(*drawn)).average_precision
     return {"seconds": time.perf_counter() - started, "mAP": float(np.nanmean(precision))}
 
 
@@ -128,7 +129,7 @@ def check(size: Size, spread: float, num_queries: int = 100) -> None:
     drawn = draw(size, spread)
     query = Labels(drawn.query.people[:num_queries], drawn.query.cameras[:num_queries])
     features = drawn.query_features[:num_queries]
-    ours = match_ranks(features, drawn.gallery_features, query, drawn.gallery).scores().average_precision
+    ours = measure_queries(match_ranks(features, drawn.gallery_features, query, drawn.gallery)).average_precision
     matrix = distances(features, drawn.gallery_features)
     for at_once in (True, False):
         peer = average_precisions(matrix, query, drawn.gallery, at_once=at_once)

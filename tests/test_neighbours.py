@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from personmae.configs import UserError
-from personmae.evaluation import memory_limit, neighbours
-from personmae.evaluation.memory_limit import require_memory
+from personmae.evaluation import memory, neighbours
+from personmae.evaluation.memory import require_memory
 from personmae.evaluation.neighbours import as_points, choose_backend, exact_products, nearest_neighbours, search
 from personmae_kernels import compiled, launching
 
@@ -188,21 +188,21 @@ def test_what_is_wrong_is_named():
 
 
 def test_what_does_not_fit_is_refused_with_the_estimate(monkeypatch):
-    monkeypatch.setattr(memory_limit, "available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 20)
     claimed = np.broadcast_to(np.float32(1), (10_000_000, 768))
     with pytest.raises(UserError, match=r"10,000,000 features of 768 dimensions needs about 28\.6 GiB, and 0\.0 GiB are free"):
         nearest_neighbours(claimed, 3)
 
 
-def test_memory_limits(tmp_path, monkeypatch):
+def test_memorys(tmp_path, monkeypatch):
     for name, text in {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 1\ninactive_file 200\n"}.items():
         (tmp_path / name).write_text(text)
-    assert memory_limit._group_bytes(tmp_path) == 500
+    assert memory._group_bytes(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_limit._group_bytes(tmp_path) is None
-    assert memory_limit._group_bytes(tmp_path / "none") is None
-    assert memory_limit._machine_bytes(tmp_path / "none") is None
-    monkeypatch.setattr(memory_limit, "available_bytes", lambda device: None)
+    assert memory._group_bytes(tmp_path) is None
+    assert memory._group_bytes(tmp_path / "none") is None
+    assert memory._machine_bytes(tmp_path / "none") is None
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     require_memory(1e30, "everything")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from personmae.configs import UserError
 from personmae.data.reid import read_market_layout
 from personmae.evaluation import protocol
 from personmae.evaluation.conventions import CONVENTIONS, Reranking
+from personmae.evaluation.distances import distances
 from personmae.evaluation.protocol import ScoringConfig, evaluate, evaluate_features, score, score_tiles, score_variants
-from personmae.evaluation.ranking import Labels, distances
+from personmae.evaluation.ranking import Labels
 from personmae.evaluation.whitening import fit_whitening
 
 
@@ -304,8 +306,8 @@ def test_sets_without_cameras_and_of_single_shots_are_scored_as_such(tmp_path: P
 
     with pytest.raises(UserError, match="if the set has no cameras, give none"):
         evaluate(describe, reid_set, size=(16, 8))
-    without = SimpleNamespace(query=reid_set.query, gallery=reid_set.gallery, has_cameras=False, single_gallery_shot=True)
-    scores = evaluate(describe, without, size=(16, 8)).scores["colour"]  # type: ignore[arg-type]
+    without = dataclasses.replace(reid_set, has_cameras=False, single_gallery_shot=True)
+    scores = evaluate(describe, without, size=(16, 8)).scores["colour"]
     assert scores.mAP == 1
     assert scores.convention.single_gallery_shot
     assert scores.notes == ("no cameras, nothing left out", "CMC of one gallery image a person")

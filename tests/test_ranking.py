@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score
 from personmae.configs import UserError
 from personmae.evaluation import memory
 from personmae.evaluation.distances import distances
+from personmae.evaluation.measures import measure_queries
 from personmae.evaluation.ranking import (
     Labels,
     LeaveOut,
@@ -24,8 +25,6 @@ from personmae.evaluation.ranking import (
     match_ranks,
     match_ranks_of_distances,
     nearest_gallery,
-    score_distances,
-    score_features,
 )
 from personmae_kernels import compiled, launching, match_places_reference
 
@@ -71,7 +70,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]
 @given(case=cases())
 def test_scores_equal_the_definitions(case: tuple) -> None:
     query_features, gallery_features, query, gallery = case
-    found = score_features(query_features, gallery_features, labels(query), labels(gallery), "euclidean")
+    found = measure_queries(match_ranks(query_features, gallery_features, labels(query), labels(gallery), "euclidean"))
     nearest = nearest_gallery(query_features, gallery_features, labels(query), labels(gallery), 4, "euclidean")
     for q, (person, camera) in enumerate(query):
         distance = [math.dist(query_features[q].tolist(), row.tolist()) for row in gallery_features]
@@ -93,7 +92,7 @@ def test_cosine_scores_equal_the_definitions(case: tuple) -> None:
         # Rounded: the definition's ties must not depend on the last bit.
         return round(1 - (sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0), 9)
 
-    found = score_features(query_features, gallery_features, labels(query), labels(gallery), "cosine")
+    found = measure_queries(match_ranks(query_features, gallery_features, labels(query), labels(gallery), "cosine"))
     for q, (person, camera) in enumerate(query):
         distance = [cosine_distance(query_features[q].tolist(), row.tolist()) for row in gallery_features]
         exact = distances(query_features[q : q + 1], gallery_features)[0]
@@ -287,7 +286,7 @@ def test_small_and_odd_sets() -> None:
     for gallery in (query, Labels(np.array([largest - 1]), np.array([0]))):
         none = match_ranks(one, one, query, gallery)
         assert none.num_matches.tolist() == [0]
-        assert math.isnan(none.scores().average_precision[0])
+        assert math.isnan(measure_queries(none).average_precision[0])
     assert match_ranks(one, one, query, query).num_kept.tolist() == [0]
     assert match_ranks(one, one, query, query, leave_out="nothing").rank.tolist() == [1]
     assert nearest_gallery(one, one, query, query, 3).tolist() == [[-1, -1, -1]]
@@ -298,10 +297,10 @@ def test_small_and_odd_sets() -> None:
 
 
 def test_more_pairs_than_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**34)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**34)
     rows = np.broadcast_to(np.float32(1), (10_000_000, 1))
     everybody = Labels(np.broadcast_to(np.int64(1), 10_000_000), np.broadcast_to(np.int64(1), 10_000_000))
-    with pytest.raises(UserError, match=r"100,000,000,000,000 pairs .* would take about [\d,.]+ GiB, and 16\.0 GiB"):
+    with pytest.raises(UserError, match=r"100,000,000,000,000 pairs .* needs about [\d,.]+ GiB, and 16\.0 GiB"):
         match_ranks(rows, rows, everybody, everybody)
 
 
@@ -310,7 +309,7 @@ def test_average_precision_equals_sklearn_without_ties() -> None:
     distance = generator.permutation(31 * 57).reshape(31, 57).astype(float)
     query = Labels(generator.integers(0, 8, 31), np.ones(31, np.int64))
     gallery = Labels(generator.integers(0, 8, 57), np.full(57, 2, np.int64))
-    found = score_distances(distance, query, gallery)
+    found = measure_queries(match_ranks_of_distances(distance, query, gallery))
     expected = [average_precision_score(gallery.people == query.people[q], -distance[q]) for q in range(31)]
     np.testing.assert_allclose(found.average_precision, expected, atol=1e-12)
 
@@ -318,15 +317,15 @@ def test_average_precision_equals_sklearn_without_ties() -> None:
 def test_worked_example() -> None:
     # Nearest first: own camera (left out), wrong, right, distractor, right. Ranks of the matches: 2 and 4.
     gallery = labels([(1, 1), (2, 2), (1, 2), (0, 1), (1, 3)])
-    found = score_distances(np.array([[0.0, 0.1, 0.2, 0.3, 0.4]]), labels([(1, 1)]), gallery)
+    found = measure_queries(match_ranks_of_distances(np.array([[0.0, 0.1, 0.2, 0.3, 0.4]]), labels([(1, 1)]), gallery))
     assert found.average_precision[0] == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert found.inverse_negative_penalty[0] == pytest.approx(2 / 4)
     assert found.first_match[0] == 1
 
 
 def test_of_equal_distances_the_smaller_index_is_first() -> None:
-    wrong_first = score_distances(np.zeros((1, 2)), labels([(1, 1)]), labels([(2, 2), (1, 2)]))
-    right_first = score_distances(np.zeros((1, 2)), labels([(1, 1)]), labels([(1, 2), (2, 2)]))
+    wrong_first = measure_queries(match_ranks_of_distances(np.zeros((1, 2)), labels([(1, 1)]), labels([(2, 2), (1, 2)])))
+    right_first = measure_queries(match_ranks_of_distances(np.zeros((1, 2)), labels([(1, 1)]), labels([(1, 2), (2, 2)])))
     assert (wrong_first.first_match[0], right_first.first_match[0]) == (1, 0)
 
 
@@ -335,13 +334,13 @@ def test_bad_input_is_named() -> None:
     bad = np.ones((3, 2))
     bad[1, 0] = np.nan
     with pytest.raises(ValueError, match="gallery features: row 1 is not finite"):
-        score_features(one, bad, query, gallery)
+        measure_queries(match_ranks(one, bad, query, gallery))
     with pytest.raises(ValueError, match="query features: row 0 is not finite"):
-        score_features(one * np.inf, np.ones((3, 2)), query, gallery)
+        measure_queries(match_ranks(one * np.inf, np.ones((3, 2)), query, gallery))
     with pytest.raises(ValueError, match="2 gallery features, but labels of 3"):
-        score_features(one, np.ones((2, 2)), query, gallery)
+        measure_queries(match_ranks(one, np.ones((2, 2)), query, gallery))
     with pytest.raises(ValueError, match="2 dimensions, gallery features 5"):
-        score_features(one, np.ones((3, 5)), query, gallery)
+        measure_queries(match_ranks(one, np.ones((3, 5)), query, gallery))
     with pytest.raises(ValueError, match=r"gallery features have shape \(0, 2\)"):
         match_ranks(one, np.ones((0, 2)), query, labels([]))
     with pytest.raises(ValueError, match="metric is 'manhattan'"):
@@ -353,13 +352,13 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="no parts"):
         MatchRanks.concatenate([])
     with pytest.raises(ValueError, match="distances of query 0"):
-        score_distances(np.full((1, 3), np.nan), query, gallery)
+        measure_queries(match_ranks_of_distances(np.full((1, 3), np.nan), query, gallery))
     late = np.zeros((9, 3), np.float16)
     late[7, 2] = np.nan
     with pytest.raises(ValueError, match="distances of query 7"):
         match_ranks_of_distances(late, labels([(1, 1)] * 9), gallery)
     with pytest.raises(ValueError, match=r"shape \(1, 2\)"):
-        score_distances(np.zeros((1, 2)), query, gallery)
+        measure_queries(match_ranks_of_distances(np.zeros((1, 2)), query, gallery))
     with pytest.raises(ValueError, match="image 1 is of person -1"):
         labels([(1, 1), (-1, 1)])
     with pytest.raises(ValueError, match="one number for each image"):

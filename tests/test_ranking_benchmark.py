@@ -47,10 +47,10 @@ def test_it_refuses_what_differs(monkeypatch):
 
 
 def test_what_does_not_fit_is_skipped_with_the_estimate(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 8 * 2**30)
     case = next(case for name, case in ranking_speed.CASES.items() if "TransReID" in name)
     assert ranking_speed.why_not(case, size_of("market")) == ""
-    assert "would take about 19.8 GiB, and 8.0 GiB are available" in ranking_speed.why_not(case, size_of("msmt17"))
+    assert "needs about 19.8 GiB, and 8.0 GiB are free" in ranking_speed.why_not(case, size_of("msmt17"))
 
 
 def test_the_drawn_sets_have_the_counts_of_their_namesakes():

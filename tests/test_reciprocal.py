@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN
 
 from personmae.configs import UserError
-from personmae.evaluation import memory_limit, neighbours, reciprocal
+from personmae.evaluation import memory, neighbours, reciprocal
 from personmae.evaluation.clustering import cluster, cluster_each
 from personmae.evaluation.reciprocal import Reciprocal, jaccard_distances, jaccard_of, least_sum
 from personmae.evaluation.reranking import reranked_distances
@@ -220,7 +220,7 @@ def test_what_is_wrong_is_named():
 
 
 def test_pairs_that_outgrow_the_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(memory_limit, "available_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 40)
     monkeypatch.setattr(reciprocal, "available_bytes", lambda device: 20_000)
     with pytest.raises(UserError, match=r"about 4,900 pairs of images are within a Jaccard distance of 0\.5, 70 for each image"):
         jaccard_distances(np.ones((70, 4)), cut=0.5)

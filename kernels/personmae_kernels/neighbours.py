@@ -45,6 +45,6 @@ def squared_distances(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor
     """
     check_dtype(torch.float32, left=left, right=right)
     check_dtype(torch.int32, rows=rows, columns=columns)
-    as_given = (Vectors(features, features.new_ones(len(features), dtype=torch.float64)) for features in (left, right))
+    one, other = (Vectors(features, features.new_ones(len(features), dtype=torch.float64)) for features in (left, right))
     # With scales of 1 the cosine form is half the sum of squares; halved and doubled it stays the same to the bit.
-    return (2 * pair_distances(*as_given, rows.long(), columns.long(), cosine=True)).float()
+    return (2 * pair_distances(one, other, rows.long(), columns.long(), cosine=True)).float()

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+# Of a detection that shows nobody in particular: not ranked, by Market-1501's own scripts.
+JUNK_PERSON = -1
+# Cameras of a set that does not tell them: no gallery image is then from the camera of a query.
+QUERY_CAMERA, GALLERY_CAMERA = 0, 1
+
 
 @dataclass(frozen=True, slots=True)
 class PersonImage:

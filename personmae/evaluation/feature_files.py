@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
+from personmae.data.records import GALLERY_CAMERA, JUNK_PERSON, QUERY_CAMERA
 from personmae.evaluation.feature_containers import Variables, read_mat, read_npz, read_torch
 from personmae.evaluation.ranking import Labels
 
@@ -30,9 +31,6 @@ FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
 
 SUFFIXES = (".npz", ".mat", ".pt", ".pth")
-JUNK_PERSON = -1
-# The cameras of a file that names none: with one for the queries and one for the gallery, no image is left out.
-QUERY_CAMERA, GALLERY_CAMERA = 0, 1
 
 
 def _of_part(part: str, letter: str) -> dict[str, tuple[str, ...]]:

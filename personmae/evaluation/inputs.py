@@ -11,13 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from personmae.data.records import GALLERY_CAMERA, JUNK_PERSON, QUERY_CAMERA
 from personmae.evaluation.ranking import IntArray, Labels
 
 Junk = Literal["refuse", "drop"]
 
-JUNK_PERSON = -1
-# Cameras of a set that has none: no gallery image is then from the camera of a query.
-QUERY_CAMERA, GALLERY_CAMERA = 0, 1
 
 
 def feature_tensor(part: str, features: Any) -> Tensor:

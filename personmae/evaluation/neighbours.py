@@ -1,7 +1,7 @@
 """Nearest neighbours of features, exactly: the k smallest by (distance, index), found tile by tile in bounded memory.
 
-Matrix products in float32 find k + MARGIN candidates of each row. Their distances are then taken pair by pair (squared_distances), which does not depend
-on tiles, backends or places, and ties are broken by the smaller index. A row is settled when its worst candidate is farther than its k-th neighbour
+Matrix products in float32 find k + MARGIN candidates of each row. Their distances are then taken pair by pair (squared_distances), which depends on
+no tile, backend or place, and ties are broken by the smaller index. A row is settled when its worst candidate is farther than its k-th neighbour
 by more than a product can err (`Points.error`, a bound and not an estimate); every other row, such as one with more than k equal neighbours, is
 searched again with all images within that error. So duplicates, ties and any size of tile give the same neighbours. An image is its own neighbour at
 distance 0; copies of it with a smaller index come first.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from personmae.configs import UserError
-from personmae.evaluation.memory_limit import require_memory
+from personmae.evaluation.memory import require_memory
 from personmae_kernels.launching import runs_compiled
 from personmae_kernels.neighbours import select_nearest_, squared_distances
 

@@ -17,15 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from personmae.data.records import PersonImage
+from personmae.data.records import GALLERY_CAMERA, QUERY_CAMERA, PersonImage
 from personmae.data.reid import ReidSet
 from personmae.evaluation.confidence import Bootstrap
 from personmae.evaluation.conventions import CONVENTIONS, Convention, Reranking, convention_of
+from personmae.evaluation.distances import FloatArray, Metric, distances
 from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand
 from personmae.evaluation.feature_cache import FeatureCache
 from personmae.evaluation.features import Describe, FeatureArray, Precision, extract_features
-from personmae.evaluation.inputs import GALLERY_CAMERA, QUERY_CAMERA, Junk, count_zero_rows, feature_tensor, labels_from
-from personmae.evaluation.ranking import FloatArray, Labels, MatchRanks, Metric, distances, labels_of, match_ranks_of_distances
+from personmae.evaluation.inputs import Junk, count_zero_rows, feature_tensor, labels_from
+from personmae.evaluation.ranking import Labels, MatchRanks, labels_of, match_ranks, match_ranks_of_distances
 from personmae.evaluation.scores import MAX_RANK, Scores, score_ranks
 from personmae.evaluation.single_shot import sampled_shot_curves, single_shot_curves
 from personmae.evaluation.verification import PairCounts
@@ -119,7 +120,7 @@ def score(
     if extras.wanted:
         for rows, distance in distance_tiles(query_features, gallery_features, metric):
             extras.take(rows, distance)
-    ranks = _match_ranks(query_features, gallery_features, query, gallery, metric)
+    ranks = match_ranks(query_features, gallery_features, query, gallery, metric)
     return extras.score(ranks, metric, names, said)
 
 
@@ -144,12 +145,12 @@ def score_tiles(
         if rows.start != done:
             raise ValueError(f"a tile begins with query {rows.start}, where query {done} is due")
         done += len(distance)
-        parts.append(match_ranks_of_distances(np.asarray(distance, np.float64), _part(query, rows), gallery))
+        parts.append(match_ranks_of_distances(distance, _part(query, rows), gallery))
         if extras.wanted:
             extras.take(rows, distance)
     if done != len(query):
         raise ValueError(f"distances of {done} queries, but labels of {len(query)}")
-    return extras.score(_concatenated(parts), metric, names, notes)
+    return extras.score(MatchRanks.concatenate(parts), metric, names, notes)
 
 
 class _Extras:
@@ -400,17 +401,3 @@ def without_cameras(query: Labels, gallery: Labels) -> tuple[Labels, Labels]:
 
 def _part(labels: Labels, rows: slice) -> Labels:
     return Labels(labels.people[rows], labels.cameras[rows])
-
-
-def _match_ranks(query_features: Tensor, gallery_features: Tensor, query: Labels, gallery: Labels, metric: Metric) -> MatchRanks:
-    """The ranks of all matches from features."""
-    tiles = distance_tiles(query_features, gallery_features, metric)
-    return _concatenated([match_ranks_of_distances(distance, _part(query, rows), gallery) for rows, distance in tiles])
-
-
-def _concatenated(parts: Sequence[MatchRanks]) -> MatchRanks:
-    """The ranks of chunks of queries as those of all, in order."""
-    starts = np.cumsum([0, *(int(part.offsets[-1]) for part in parts)])
-    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
-    rest = ("match", "distance", "closer", "tied_before", "tied_after", "num_kept")
-    return MatchRanks(np.concatenate([*offsets, starts[-1:]]), **{name: np.concatenate([getattr(part, name) for part in parts]) for name in rest})

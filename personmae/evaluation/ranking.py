@@ -1,4 +1,4 @@
-"""Ranks of gallery images for each query, and what follows: average precision, first match, inverse negative penalty.
+"""Ranks of gallery images for each query; `measures` has what follows: average precision, first match, inverse negative penalty.
 
 The common protocol of single-query person ReID (Zheng et al., "Scalable person re-identification: a benchmark", ICCV
 2015, as torchreid, fast-reid and TransReID compute it): rank the gallery by distance, leave out images of the same
@@ -63,15 +63,6 @@ class Labels:
         return len(self.people)
 
 
-@dataclass(frozen=True)
-class QueryScores:
-    """Scores of single queries, each [Q]; a query without a match in the gallery has NaN, NaN and first match -1."""
-
-    average_precision: FloatArray
-    inverse_negative_penalty: FloatArray
-    first_match: IntArray  # rank of the first match, from 0
-
-
 def labels_of(images: Sequence[PersonImage]) -> Labels:
     """People and cameras of the images."""
     return Labels(
@@ -114,20 +105,6 @@ class MatchRanks:
         per_row = ("match", "distance", "closer", "tied_before", "tied_after", "num_kept")
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in per_row}
         return cls(offsets=_offsets(np.concatenate([part.num_matches for part in parts])), **joined)
-
-    def scores(self) -> QueryScores:
-        """Average precision, inverse negative penalty and first match of each query."""
-        num = self.num_matches
-        scored = num > 0
-        query = np.repeat(np.arange(len(num)), num)
-        precision = (np.arange(len(query)) - self.offsets[query] + 1) / self.rank
-        # A query without a match reads a neighbour's rank here, which is not used.
-        rank = np.concatenate([self.rank, [1]])
-        return QueryScores(
-            average_precision=np.where(scored, np.bincount(query, precision, len(num)) / np.maximum(num, 1), np.nan),
-            inverse_negative_penalty=np.where(scored, num / rank[self.offsets[1:] - 1], np.nan),
-            first_match=np.where(scored, rank[self.offsets[:-1]] - 1, -1),
-        )
 
 
 def match_ranks(
@@ -172,18 +149,6 @@ def match_ranks_of_distances(
     candidates = _own_people(query, gallery, leave_out)
     own = matrix[torch.from_numpy(candidates.query).to(matrix.device), torch.from_numpy(candidates.image).to(matrix.device)]
     return _count(candidates, own.double(), len(gallery), lambda matches: _place_matrix(matrix, matches))
-
-
-def score_distances(distance: npt.ArrayLike | Tensor, query: Labels, gallery: Labels) -> QueryScores:
-    """Scores of each query from its distances [Q, G] to the gallery. Raises ValueError if the shapes do not fit."""
-    return match_ranks_of_distances(distance, query, gallery).scores()
-
-
-def score_features(
-    query_features: Features, gallery_features: Features, query: Labels, gallery: Labels, metric: Metric = "cosine"
-) -> QueryScores:
-    """Scores of each query from features [Q, D] and [G, D]; see `match_ranks`."""
-    return match_ranks(query_features, gallery_features, query, gallery, metric).scores()
 
 
 def nearest_gallery(

@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from personmae.configs import UserError
-from personmae.evaluation.memory_limit import GIB, available_bytes
+from personmae.evaluation.memory import GIB, available_bytes
 from personmae.evaluation.neighbours import Backend, Features, Found, NeighbourMetric, Points, Progress, as_points, search
 from personmae_kernels.jaccard import ONE, Rows, by_column, mean_rows, min_sum_pairs, reciprocal_sets
 

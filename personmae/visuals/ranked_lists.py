@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from personmae.data.images import read_image, resize
 from personmae.data.records import PersonImage
-from personmae.evaluation.ranking import Metric, labels_of, nearest_gallery, score_features
+from personmae.evaluation.distances import Metric
+from personmae.evaluation.measures import measure_queries
+from personmae.evaluation.ranking import labels_of, match_ranks, nearest_gallery
 
 # Bluish green and vermilion of Okabe & Ito's palette, told apart with any colour vision; the marks do not need colour
 # at all.
@@ -65,8 +67,8 @@ def ranked_list_picture(
     """
     query_labels, gallery_labels = labels_of(query), labels_of(gallery)
     if chosen is None:
-        scores = score_features(query_features, gallery_features, query_labels, gallery_labels, metric)
-        chosen = choose_queries(scores.average_precision, num_queries)
+        ranks = match_ranks(query_features, gallery_features, query_labels, gallery_labels, metric)
+        chosen = choose_queries(measure_queries(ranks).average_precision, num_queries)
     caption = (
         f"{len(chosen)} of {len(query):,} queries, spread evenly over the quantiles of average precision (AP) by "
         f"{chosen_by}, worst first; not hand-picked. Green with a tick: the same person, from another camera. "
@@ -89,7 +91,7 @@ def ranked_list_picture(
         return sheet
     picked = np.asarray(query_features)[list(chosen)]
     picked_labels = labels_of([query[row] for row in chosen])
-    precision = score_features(picked, gallery_features, picked_labels, gallery_labels, metric).average_precision
+    precision = measure_queries(match_ranks(picked, gallery_features, picked_labels, gallery_labels, metric)).average_precision
     nearest = nearest_gallery(picked, gallery_features, picked_labels, gallery_labels, num_nearest, metric)
     for row, index in enumerate(chosen):
         y = top + LINE_PX + row * (size[0] + GAP_PX)

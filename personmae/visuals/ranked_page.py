@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from personmae.configs import UserError
 from personmae.data.images import UnreadableImage, read_image, resize
 from personmae.data.records import PersonImage
-from personmae.evaluation.ranking import FloatArray, IntArray, Labels, Metric, distances, match_ranks_of_distances
+from personmae.evaluation.distances import FloatArray, Metric, open_space
+from personmae.evaluation.measures import measure_queries
+from personmae.evaluation.ranking import IntArray, Labels, match_ranks, nearest_gallery
 from personmae.visuals.attention_maps import colour_levels
 from personmae.visuals.ranked_page_parts import page
 
@@ -65,33 +68,23 @@ def rank_queries(
     *,
     metric: Metric = "cosine",
     num_nearest: int = 10,
-    rows_at_once: int = 64,
 ) -> RankedLists:
     """The lists of features [Q, D] and [G, D] by the evaluation's own distances and ranks; with what is left out, so that the page can show it."""
-    queries = np.asarray(query_features)
-    nearest, near, precision, first, ranks = [], [], [], [], []
-    for start in range(0, len(query), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        part = Labels(query.people[rows], query.cameras[rows])
-        distance = distances(queries[rows], gallery_features, metric)
-        found = match_ranks_of_distances(distance, part, gallery)
-        for row in range(len(part)):
-            matches = found.rank[found.offsets[row] : found.offsets[row + 1]]
-            ranks.append(matches)
-            first.append(int(matches[0]) - 1 if len(matches) else -1)
-            precision.append(float((np.arange(1, len(matches) + 1) / matches).mean()) if len(matches) else np.nan)
-            is_own = (gallery.people == part.people[row]) & (gallery.cameras == part.cameras[row])
-            chosen = _nearest(distance[row], is_own, num_nearest)
-            nearest.append(chosen)
-            near.append(distance[row, chosen])
-    width = max(len(chosen) for chosen in nearest)
-    return RankedLists(
-        nearest=np.array([np.pad(chosen, (0, width - len(chosen)), constant_values=-1) for chosen in nearest]),
-        distance=np.array([np.pad(values, (0, width - len(values))) for values in near]),
-        average_precision=np.array(precision),
-        first_match=np.array(first),
-        match_ranks=ranks,
-    )
+    ranks = match_ranks(query_features, gallery_features, query, gallery, metric)
+    measures = measure_queries(ranks)
+    # As many more as are left out: then the wanted ones are among them.
+    num_looked_at = num_nearest + int((len(gallery) - ranks.num_kept).max())
+    nearest = nearest_gallery(query_features, gallery_features, query, gallery, num_looked_at, metric, leave_out="nothing")
+    is_own = (gallery.people[nearest] == query.people[:, None]) & (gallery.cameras[nearest] == query.cameras[:, None])
+    is_counted = (nearest >= 0) & ~is_own
+    nearest[np.cumsum(is_counted, axis=1) - is_counted >= num_nearest] = -1
+    nearest = nearest[:, (nearest >= 0).any(axis=0)]
+    row, column = np.nonzero(nearest >= 0)
+    distance = np.zeros(nearest.shape)
+    pairs = torch.from_numpy(row), torch.from_numpy(nearest[row, column])
+    distance[row, column] = open_space(query_features, gallery_features, metric).pair_distances(*pairs).numpy()
+    listed = np.split(ranks.rank, ranks.offsets[1:-1])
+    return RankedLists(nearest, distance, measures.average_precision, measures.first_match, listed)
 
 
 def write_ranked_page(
@@ -254,16 +247,6 @@ def _row(number: int, places: Sequence[int], lists: RankedLists) -> list[Any]:
         matches[:MAX_LISTED_MATCHES],
         len(matches),
     ]
-
-
-def _nearest(distance: FloatArray, is_own: npt.NDArray[np.bool_], num_nearest: int) -> IntArray:
-    """Gallery indices by (distance, index), until so many were found that are not left out."""
-    count = min(num_nearest + int(is_own.sum()), len(distance))
-    # Not a sort of the whole row: what is beyond the last one wanted is of no matter.
-    near = np.flatnonzero(distance <= np.partition(distance, count - 1)[count - 1])
-    order = near[np.argsort(distance[near], kind="stable")]
-    ends = np.flatnonzero(np.cumsum(~is_own[order]) == num_nearest)
-    return order[: ends[0] + 1] if len(ends) else order
 
 
 def _thumbnail(path: Path, size: tuple[int, int]) -> bytes:

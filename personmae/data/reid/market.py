@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from personmae.configs import UserError
-from personmae.data.records import PersonImage
-from personmae.data.reid.names import JUNK_PERSON, list_images, parse_market, who_is_on
+from personmae.data.records import JUNK_PERSON, PersonImage
+from personmae.data.reid.names import list_images, parse_market, who_is_on
 from personmae.data.reid.sets import ReidSet, by_name
 
 TRAIN_FOLDER, QUERY_FOLDER, GALLERY_FOLDER = "bounding_box_train", "query", "bounding_box_test"

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from personmae.configs import UserError
 from personmae.data.sources import IMAGE_SUFFIXES
 
-JUNK_PERSON = -1
 # Labels are int64 from here on; the room above is for offsets between the parts of a set.
 MAX_LABEL = 2**62
 

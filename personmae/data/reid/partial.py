@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from personmae.configs import UserError
-from personmae.data.records import PersonImage
+from personmae.data.records import GALLERY_CAMERA, QUERY_CAMERA, PersonImage
 from personmae.data.reid.names import list_images, parse_leading, who_is_on
 from personmae.data.reid.sets import ReidSet, by_name
 
-QUERY_CAMERA, GALLERY_CAMERA = 0, 1
 OCCLUDED_FOLDERS = ("occluded_body_images", "whole_body_images")
 PARTIAL_FOLDERS = ("partial_body_images", "whole_body_images")
 # As the archives have them, then as fast-reid and light-reid want them.

@@ -7,8 +7,8 @@ import io
 from pathlib import Path
 
 from personmae.configs import UserError
-from personmae.data.records import PersonImage
-from personmae.data.reid.names import JUNK_PERSON, read_label
+from personmae.data.records import JUNK_PERSON, PersonImage
+from personmae.data.reid.names import read_label
 from personmae.data.reid.sets import ReidSet, by_name
 
 COLUMNS = ("path", "person", "camera", "split")
