@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from personmae.evaluation.conventions import Flip
-
-# Similarities held at once: 128 MiB.
-_PAIRS_AT_ONCE = 32_000_000
+from personmae.evaluation.neighbours import nearest_neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +34,20 @@ class QueryExpansion:
 def expand(query: Tensor, gallery: Tensor, expansion: QueryExpansion) -> tuple[Tensor, Tensor]:
     """Each feature [Q, D], [G, D] replaced by a weighted mean of its k nearest among all queries and gallery images; dtype and device stay.
 
-    Neighbours and weights are by cosine similarity, in float32; the mean is of the features as they are, which are not normalised before nor after. A
-    similarity below zero keeps its sign under a whole alpha, as in numpy, and counts as zero under another, where fast-reid gets NaN. If there are
-    fewer than k images, all are taken.
+    Neighbours (ties by index) and weights are by cosine similarity, in float32; the mean is of the features as they are, which are not normalised
+    before nor after. A similarity below zero keeps its sign under a whole alpha, as in numpy, and counts as zero under another, where fast-reid gets
+    NaN. If there are fewer than k images, all are taken.
     """
     features = torch.cat([query, gallery])
     for _ in range(expansion.num_times):
-        expanded = torch.empty_like(features)
-        for rows, similarity, neighbour in _neighbours(features, min(expansion.k, len(features))):
-            weight = (similarity if float(expansion.alpha).is_integer() else similarity.clamp(min=0)) ** expansion.alpha
-            expanded[rows] = torch.einsum("nk,nkd->nd", weight.to(features.dtype), features[neighbour]) / neighbour.shape[1]
-        features = expanded
+        found = nearest_neighbours(features, expansion.k)
+        similarity = 1 - torch.from_numpy(found.distances).to(features)
+        weight = (similarity if float(expansion.alpha).is_integer() else similarity.clamp(min=0)) ** expansion.alpha
+        expanded = torch.zeros_like(features)
+        # One neighbour after the other: [N, k, D] would be k times the features.
+        for column in range(weight.shape[1]):
+            expanded += weight[:, column, None] * features[torch.from_numpy(found.indices[:, column]).to(features.device)]
+        features = expanded / weight.shape[1]
     return features[: len(query)], features[len(query) :]
 
 
@@ -66,13 +66,3 @@ def unit_length(features: Tensor) -> Tensor:
     """Rows [N, D] at length 1; rows of zeros stay zero."""
     norm = features.norm(dim=1, keepdim=True)
     return features / torch.where(norm == 0, 1, norm)
-
-
-def _neighbours(features: Tensor, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, cosine similarities float32 [rows, k], indices [rows, k]) of the k most similar, without all pairs at once."""
-    unit = unit_length(features).float()
-    at_once = max(1, _PAIRS_AT_ONCE // len(features))
-    for start in range(0, len(features), at_once):
-        rows = slice(start, min(start + at_once, len(features)))
-        similarity, index = torch.topk(unit[rows] @ unit.T, k, dim=1)
-        yield rows, similarity, index
