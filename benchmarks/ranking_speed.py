@@ -1,8 +1,9 @@
 """Seconds and memory of ranking a gallery, ours beside evaluators that sort: python benchmarks/ranking_speed.py [--size market msmt17 20000]
 
-Distances included, from drawn features of 768 dimensions, clustered by person. Each case runs in a process of its own, so that its peak memory is
-its own, and in turns, so that a busy machine slows all alike. Nothing is timed unless ours equals the sorting evaluator on some queries of the size.
-A case that needs more memory than there is is skipped, with the estimate.
+Then of pseudo-labels (Jaccard distance and DBSCAN), ours beside the dense code that is usual, and of our re-ranking. Distances included, from drawn
+features of 768 dimensions, clustered by person. Each case runs in a process of its own, so that its peak memory is its own, and in turns, so that a
+busy machine slows all alike. No ranking is timed unless ours equals the sorting evaluator on some queries of the size. A case that needs more memory
+than there is is skipped, with the estimate.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import _ranking_cases
+from benchmarks._jaccard_cases import jaccard_rows, reranking_rows
 from benchmarks._measure import RESULTS, spread, write_result
 from benchmarks._ranking_cases import Case, Size, size_of
 from personmae.configs import UserError
 from personmae.evaluation.memory import GIB, require_memory
 
-# More parts of the evaluator are timed by adding the cases of their file.
 CASES = {case.name: case for case in _ranking_cases.cases()}
 # A part's own check, made once for each size before anything is timed.
 CHECKS = [_ranking_cases.check]
@@ -37,11 +38,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=f"of: {'; '.join(CASES)}")
     parser.add_argument("--spread", type=float, default=2.6, help="noise of an image beside its person's centre: 2.6 gives some 60 %% mAP on market")
     parser.add_argument("--num-turns", type=int, default=3)
+    parser.add_argument("--cluster", nargs="*", type=int, default=[12_936], metavar="N", help="images to cluster; 32621 is MSMT17's training set")
+    parser.add_argument("--cluster-ways", nargs="+", choices=["sparse", "dense"], default=["sparse", "dense"], help="dense takes 12 GiB for 32621")
+    parser.add_argument("--rerank", nargs="*", default=["market"], metavar="SIZE", help="sizes as above that are re-ranked")
     parser.add_argument("--output", type=Path, default=RESULTS / "ranking_speed.json")
     parser.add_argument("--only", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
-        sizes = [size_of(words) for words in options.size]
+        sizes, reranked = ([size_of(words) for words in chosen] for chosen in (options.size, options.rerank))
     except ValueError as error:
         parser.error(str(error))
     if options.only:
@@ -52,6 +56,10 @@ def main() -> None:
         for check in CHECKS:
             check(size, options.spread)
         results += compare(size, [CASES[name] for name in options.cases], options)
+    for num in options.cluster:
+        results += shown(f"{num} images", f"cluster {num}", jaccard_rows(num, ways=options.cluster_ways))
+    for size in reranked:
+        results += shown(size.name, "rerank", reranking_rows(size.num_queries, size.num_gallery))
     settings = {key: value for key, value in vars(options).items() if key != "only"}
     write_result(options.output, "ranking_speed", {**settings, "threads": torch.get_num_threads()}, results)
     print(f"written to {options.output}")
@@ -77,6 +85,17 @@ def compare(size: Size, cases: list[Case], options: argparse.Namespace) -> list[
             print(f"{size.name:8s} {case.name}: {measured['seconds']} s, peak {measured['peak_gib']} GiB")
         rows.append(row)
     return rows
+
+
+def shown(name: str, work: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `_jaccard_cases`, printed; one run each, for they take long."""
+    for row in rows:
+        if "failed" in row:
+            print(f"{name:8s} {work}, {row['way']}: failed: {row['failed']}", flush=True)
+        else:
+            labels = f", {row['clusters']} clusters, labels {'the same' if row['same_labels'] else 'OTHERS'}" if "labels" in row else ""
+            print(f"{name:8s} {work}, {row['way']}: {row['seconds']:.1f} s, peak {row['peak_gib']:.2f} GiB{labels}", flush=True)
+    return [{"case": work, "size": name, **row} for row in rows]
 
 
 def why_not(case: Case, size: Size) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from personmae.configs import UserError
 from personmae.evaluation import memory
-from personmae.evaluation.distances import Metric, distances, open_space, whole_float32
+from personmae.evaluation.distances import Metric, distances, exact_products, open_space
 from personmae.evaluation.memory import require_memory
 from personmae_kernels.match_places import bounds_of_products
 
@@ -107,7 +107,7 @@ def test_the_bounds_hold(kind: str, dtype: type, metric: Metric) -> None:
     exact = distances(query, gallery, metric)
     space = open_space(query, gallery, metric)
     held, gallery_held = space.hold(space.query), space.hold(space.gallery)
-    with whole_float32():
+    with exact_products():
         products = held.values @ gallery_held.values.T
     assert products.isfinite().all()
     lower, upper = bounds_of_products(products, space.slack(held), space.gallery_bounds(gallery_held))
@@ -130,10 +130,10 @@ def test_products_are_in_float32_whatever_is_allowed() -> None:
     try:
         for mode in modes:
             mode.fp32_precision = "tf32"
-        with whole_float32():
+        with exact_products():
             assert [mode.fp32_precision for mode in modes] == ["ieee", "ieee"]
         assert [mode.fp32_precision for mode in modes] == ["tf32", "tf32"]
-        with pytest.raises(KeyError), whole_float32():
+        with pytest.raises(KeyError), exact_products():
             raise KeyError
         assert [mode.fp32_precision for mode in modes] == ["tf32", "tf32"]
     finally:

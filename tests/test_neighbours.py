@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as hnp
 
 from personmae.configs import UserError
 from personmae.evaluation import memory, neighbours
+from personmae.evaluation.distances import exact_products
 from personmae.evaluation.memory import require_memory
-from personmae.evaluation.neighbours import as_points, choose_backend, exact_products, nearest_neighbours, search
+from personmae.evaluation.neighbours import as_points, choose_backend, nearest_neighbours, search
 from personmae_kernels import compiled, launching
 
 HAS_FAISS = find_spec("faiss") is not None

@@ -16,12 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_it_runs_and_says_what_it_found(tmp_path):
-    options = ["--size", "400", "--num-turns", "2", "--output", str(tmp_path / "r.json")]
+    options = ["--size", "400", "--num-turns", "2", "--cluster", "300", "--rerank", "300", "--output", str(tmp_path / "r.json")]
     command = [sys.executable, str(ROOT / "benchmarks" / "ranking_speed.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["results"]
+    jaccard, rows = rows[len(ranking_speed.CASES) :], rows[: len(ranking_speed.CASES)]
     assert [row["case"] for row in rows] == list(ranking_speed.CASES)
+    assert [(row["case"], row["way"]) for row in jaccard] == [("cluster 300", "sparse"), ("cluster 300", "dense"), ("rerank", "reranking")]
+    assert jaccard[0]["same_labels"]
+    assert jaccard[1]["same_labels"]
     ran = [row for row in rows if "skipped" not in row]
     assert len(ran) >= 3
     for row in ran:

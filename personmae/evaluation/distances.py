@@ -171,15 +171,16 @@ def distances(query: Features, gallery: Features, metric: Metric = "cosine") -> 
 
 
 @contextlib.contextmanager
-def whole_float32() -> Iterator[None]:
-    """Matrix products of float32 are taken in float32 inside, whatever was allowed: TF32 and bfloat16 would break the bound."""
+def exact_products() -> Iterator[None]:
+    """Matrix products of float32 are taken in float32 inside, whatever the process allows: TF32, bfloat16 and autocast would break the bounds."""
     backends: Any = torch.backends
     modes = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [mode.fp32_precision for mode in modes]
     try:
         for mode in modes:
             mode.fp32_precision = "ieee"
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for mode, precision in zip(modes, before, strict=True):
             mode.fp32_precision = precision

@@ -12,10 +12,9 @@ This is the only file that imports faiss.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from personmae.configs import UserError
+from personmae.evaluation.distances import exact_products
 from personmae.evaluation.memory import require_memory
 from personmae_kernels.launching import runs_compiled
 from personmae_kernels.neighbours import select_nearest_, squared_distances
@@ -221,22 +221,6 @@ def faiss_problem() -> str | None:
     except (ImportError, OSError) as error:
         return f"faiss does not load: {error} ({FAISS_INSTALL})"
     return None
-
-
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Matrix products in float32 as IEEE has it, whatever the process allows: neither TF32 nor bfloat16, no autocast. What is set outside comes
-    back."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
 
 
 def _tiled_candidates(points: Points, among: Points | None, num_kept: int, progress: Progress | None) -> tuple[Tensor, Tensor, Tensor]:

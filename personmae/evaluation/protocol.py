@@ -30,7 +30,7 @@ from personmae.evaluation.ranking import Labels, MatchRanks, labels_of, match_ra
 from personmae.evaluation.scores import MAX_RANK, Scores, score_ranks
 from personmae.evaluation.single_shot import sampled_shot_curves, single_shot_curves
 from personmae.evaluation.verification import PairCounts
-from personmae.evaluation.whitening import fit_whitening
+from personmae.evaluation.whitening import whitened
 
 # Distances of a tile of queries, of 8 bytes each.
 _TILE_PAIRS = 4_000_000
@@ -283,16 +283,6 @@ def evaluate_features(
         max_rank=max_rank,
     )
     return score(query_features, gallery_features, query, gallery, scoring=scoring, names=query_names, notes=notes)
-
-
-def whitened(
-    query: Mapping[str, FeatureArray], gallery: Mapping[str, FeatureArray], unlabelled: Mapping[str, FeatureArray]
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """Query and gallery features by name, whitened with what was fitted on the unlabelled features of that name."""
-    fitted = {name: fit_whitening(unlabelled[name]) for name in query}
-    white_query = {name: fitted[name].apply(query[name]) for name in query}
-    white_gallery = {name: fitted[name].apply(gallery[name]) for name in query}
-    return white_query, white_gallery
 
 
 def score_variants(

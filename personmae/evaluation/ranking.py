@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from personmae.data.records import PersonImage
-from personmae.evaluation.distances import Features, FloatArray, Held, Metric, Space, as_tensor, open_space, whole_float32
+from personmae.evaluation.distances import Features, FloatArray, Held, Metric, Space, as_tensor, exact_products, open_space
 from personmae.evaluation.memory import require_memory
 from personmae_kernels.match_places import Bounds, Matches, bounds_of_products, counts_of_steps, new_steps, place_distances_, place_products_
 
@@ -308,7 +308,7 @@ def _products(space: Space, query: Tensor, columns_at_once: int) -> Iterator[tup
     for columns in _slices(len(space.gallery.features), columns_at_once):
         gallery = space.hold(space.gallery.rows(columns))
         products = room[: len(query) * len(gallery.values)].view(len(query), len(gallery.values))
-        with whole_float32():
+        with exact_products():
             torch.mm(query, gallery.values.T, out=products)
         yield columns, gallery, products
 

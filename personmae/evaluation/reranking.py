@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from personmae.evaluation.distances import exact_products
 from personmae.evaluation.memory import require_memory
-from personmae.evaluation.neighbours import Backend, Features, Found, NeighbourMetric, Points, Progress, as_points, exact_products
+from personmae.evaluation.neighbours import Backend, Features, Found, NeighbourMetric, Points, Progress, as_points
 from personmae.evaluation.reciprocal import Definition, Reciprocal, reciprocal_vectors, relative
 from personmae_kernels.jaccard import ONE, Rows, by_column, min_sums
 

@@ -7,6 +7,7 @@ co-occurrences in image retrieval", ECCV 2012).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,3 +75,13 @@ def fit_whitening(
     signs = np.where(components[np.arange(num_dimensions), largest] < 0, -1.0, 1.0)
     components = components * signs[:, None]
     return Whitening(mean, components[:num_kept], eigenvalues[:num_kept], float(regularisation * eigenvalues.mean()))
+
+
+def whitened(
+    query: Mapping[str, npt.ArrayLike], gallery: Mapping[str, npt.ArrayLike], unlabelled: Mapping[str, npt.ArrayLike]
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Query and gallery features by name, whitened with what was fitted on the unlabelled features of that name."""
+    fitted = {name: fit_whitening(unlabelled[name]) for name in query}
+    white_query = {name: fitted[name].apply(query[name]) for name in query}
+    white_gallery = {name: fitted[name].apply(gallery[name]) for name in query}
+    return white_query, white_gallery

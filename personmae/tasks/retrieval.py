@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,8 +117,7 @@ def score_checkpoint(checkpoint: Path, config: RetrievalConfig, scoring: Scoring
 
     rows: list[dict[str, Any]] = []
     contents: list[dict[str, Any]] = []
-    for opened in open_sets(config):
-        reid_set = opened.reid_set
+    for label, reid_set in open_sets(config):
         say(reid_set.describe())
         for note in reid_set.notes:
             say(f"  {note}")
@@ -142,23 +141,22 @@ def score_checkpoint(checkpoint: Path, config: RetrievalConfig, scoring: Scoring
             )
             evaluations[name] = found
             for feature, scores in found.scores.items():
-                label = f"{checkpoint.name} {feature}" if name == PRETRAINED else f"{name} {feature}"
-                table[opened.label, label] = scores
-                of_set.append({"checkpoint": str(checkpoint), "set": opened.label, **scores.row(name, feature)})
+                table[label, f"{checkpoint.name if name == PRETRAINED else name}: {feature}"] = scores
+                of_set.append({"checkpoint": str(checkpoint), "set": label, **scores.row(name, feature)})
                 say(f"{name:22} {feature:16} {scores}")
         rows += of_set
         page = None
         if output is not None:
-            folder = output / opened.label.replace(" ", "-")
+            folder = output / label.replace(" ", "-")
             headline = evaluations[PRETRAINED].headline
-            write_score_files(folder, evaluations[PRETRAINED].scores, headline, checkpoint=str(checkpoint), set=opened.label)
+            write_score_files(folder, evaluations[PRETRAINED].scores, headline, checkpoint=str(checkpoint), set=label)
             say(f"scores of all features and the table of queries ({headline}): {folder}")
             if config.page:
                 page = write_browsing_page(folder / "ranked_lists", reid_set, evaluations[PRETRAINED], scoring, encoder if config.attention else None)
                 say(f"ranked lists: {page}")
         if is_run:
-            pictures = draw_ranked_lists(checkpoint, opened.label, reid_set, evaluations)
-            contents.append(content_of(opened.label, encoder, of_set, pictures, page and page.relative_to(checkpoint.resolve()), scoring, unlabelled))
+            pictures = draw_ranked_lists(checkpoint, label, reid_set, evaluations)
+            contents.append(content_of(label, encoder, of_set, pictures, page and page.relative_to(checkpoint.resolve()), scoring, unlabelled))
     if config.split == "all":
         say_means(rows, say)
     if is_run:
@@ -167,22 +165,16 @@ def score_checkpoint(checkpoint: Path, config: RetrievalConfig, scoring: Scoring
     return rows
 
 
-class OpenedSet(NamedTuple):
-    """A set of --data, with its name and split in words."""
-
-    label: str
-    reid_set: ReidSet
-
-
-def open_sets(config: RetrievalConfig) -> Iterator[OpenedSet]:
-    """The sets of --data one after another, of those with several splits the ones asked for. Raises UserError for what is no set."""
+def open_sets(config: RetrievalConfig) -> Iterator[tuple[str, ReidSet]]:
+    """The sets of --data one after another, with name and split in words; of those with several splits the ones asked for. Raises UserError for
+    what is no set."""
     for given in config.data:
         name, separator, root = given.partition("=")
         known, where = (name, Path(root)) if separator and not Path(given).exists() else (None, Path(given))
         splits = range(num_splits(known)) if config.split == "all" and known else [0 if config.split == "all" else config.split]
         for split in splits:
             reid_set = open_reid_set(known, where.expanduser(), split=split)
-            yield OpenedSet(f"{reid_set.name} {reid_set.split}".strip(), reid_set)
+            yield f"{reid_set.name} {reid_set.split}".strip(), reid_set
 
 
 def content_of(
