@@ -33,7 +33,7 @@ from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.weights import load_encoder
 from personmae.recipes import PretrainConfig, RetrievalConfig
-from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_score_files
+from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_score_files, write_tables
 from personmae.training.logbook import check_run_dir, write_whole
 from personmae.training.processes import choose_device
 from personmae.visuals.report import write_report
@@ -57,8 +57,7 @@ def main(config: RetrievalConfig, say: Say = print) -> list[dict[str, Any]]:
     if len(table) > 1:
         say(score_table(table))
     if config.output is not None:
-        config.output.mkdir(parents=True, exist_ok=True)
-        write_whole(config.output / "table.txt", score_table(table) + "\n")
+        write_tables(config.output, table, rows)
     return rows
 
 
@@ -106,7 +105,7 @@ def score_checkpoint(checkpoint: Path, config: RetrievalConfig, scoring: Scoring
     run = read_run_config(checkpoint) if is_run else None
     encoder = load_encoder(checkpoint / "encoder.safetensors" if is_run else checkpoint)
     unlabelled = choose_unlabelled(checkpoint, config, run, say)
-    output = config.output or (checkpoint / "evaluation" if is_run else None)
+    output = config.output / checkpoint.stem if config.output is not None else checkpoint / "evaluation" if is_run else None
 
     # What is compared.
     device = choose_device(config.device, local_rank=None)
