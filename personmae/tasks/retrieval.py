@@ -7,6 +7,7 @@ personmae evaluate encoder.safetensors --data SET
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from personmae.configs import UserError, from_plain
-from personmae.data.image_index import build_index
+from personmae.data.image_index import as_files, build_index
 from personmae.data.kept_index import read_kept_index
 from personmae.data.reid import ReidSet, read_market_layout
 from personmae.evaluation.colour_histogram import describe_colours
@@ -37,6 +38,12 @@ def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[
 
     Returns the rows of the table. Raises UserError for paths that do not hold what they should.
     """
+    with tempfile.TemporaryDirectory() as scratch:
+        return compare(config, Path(scratch), say)
+
+
+def compare(config: RetrievalConfig, scratch: Path, say: Callable[[str], object]) -> list[dict[str, Any]]:
+    """The same; images that lie in a pack become files in `scratch`."""
     is_run = config.weights.is_dir()
     if is_run:
         check_run_dir(config.weights)
@@ -44,7 +51,7 @@ def main(config: RetrievalConfig, say: Callable[[str], object] = print) -> list[
     encoder = load_encoder(config.weights / "encoder.safetensors" if is_run else config.weights)
     reid_set = read_market_layout(config.data)
     say(reid_set.describe())
-    unlabelled = choose_unlabelled(config, run_config, say)
+    unlabelled = choose_unlabelled(config, run_config, scratch, say)
 
     # What is compared.
     device = choose_device(config.device, local_rank=None)
@@ -101,7 +108,7 @@ def read_run_config(run: Path) -> PretrainConfig:
     return from_plain(PretrainConfig, content)
 
 
-def choose_unlabelled(config: RetrievalConfig, run: PretrainConfig | None, say: Callable[[str], object]) -> list[Path]:
+def choose_unlabelled(config: RetrievalConfig, run: PretrainConfig | None, scratch: Path, say: Callable[[str], object]) -> list[Path]:
     """The images that whitening is fitted on, spread evenly over the source; none if there is no source."""
     if config.unlabelled is not None:
         index = build_index(config.unlabelled, progress=False)
@@ -109,14 +116,14 @@ def choose_unlabelled(config: RetrievalConfig, run: PretrainConfig | None, say: 
             raise UserError(f"{config.unlabelled} holds 1 image; whitening needs at least 2")
     elif run is not None and (config.weights / "index.npz").exists():
         index = read_kept_index(config.weights / "index.npz").index
-        if not index.path(0).exists():
+        if not index.is_there(0):
             say(f"no whitened scores: the images of the run are no longer at {index.root}; give --unlabelled FOLDER")
             return []
     else:
         say("no whitened scores: give --unlabelled FOLDER to fit the whitening on")
         return []
     chosen = np.unique(np.linspace(0, len(index) - 1, min(config.num_unlabelled, len(index))).round().astype(int))
-    return [index.path(int(number)) for number in chosen]
+    return as_files(index, chosen.tolist(), scratch)
 
 
 def initial_encoder(encoder: VisionTransformer, run: PretrainConfig | None) -> VisionTransformer:
