@@ -41,12 +41,13 @@ HOMES = {
     "safetensors": ["personmae/models/"],
     "cv2": ["personmae/data/"],
     "simplejpeg": ["personmae/data/"],
+    "lmdb": ["personmae/data/packs/lmdb_source.py"],
     "PIL": ["personmae/data/", "personmae/visuals/"],
     "tqdm": ["personmae/data/", "personmae/training/"],
     "tyro": ["personmae/configs.py", "personmae/recipes.py", "personmae/tasks/", "personmae/cli.py"],
 }
 # These may be missing, so nothing imports them before they are used.
-OPTIONAL = ["nvidia.dali", "xformers", "faiss", "apex", "personmae_kernels._C"]
+OPTIONAL = ["nvidia.dali", "lmdb", "xformers", "faiss", "apex", "personmae_kernels._C"]
 
 # `torchrun personmae/pretrain.py` puts personmae/ first on the path, and a benchmark's run benchmarks/: a file there must not hide these.
 TAKEN = set(sys.stdlib_module_names) | {
