@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,7 +36,7 @@ def zip_of(path: Path, contents: dict[str, bytes], method: int = zipfile.ZIP_STO
     return path
 
 
-def tar_of(path: Path, contents: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mode: str = "w") -> Path:
+def tar_of(path: Path, contents: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mode: Literal["w", "w:gz"] = "w") -> Path:
     with tarfile.open(path, mode, format=form) as archive:
         for name, content in contents.items():
             entry = tarfile.TarInfo(name)

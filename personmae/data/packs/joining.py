@@ -77,7 +77,7 @@ def join_shards(
         settings=settings.describe(),
         source={"name": source.name, "kind": entries.kind, "listing": entries.listing},
         shards=tuple(PackedFile(shard_name(number), record.num_bytes, record.sha256, len(record.columns["rows"])) for number, record in written),
-        columns=tuple(_write_column(folder, name, column) for name, column in columns.items()),
+        columns=tuple(write_column(folder, name, column) for name, column in columns.items()),
     )
     write_whole(folder / MANIFEST_FILE, manifest_bytes(manifest))
     return manifest
@@ -127,7 +127,8 @@ class _HashingFile:
         return self._file.write(data)
 
 
-def _write_column(folder: Path, name: str, column: npt.NDArray[Any]) -> PackedFile:
+def write_column(folder: Path, name: str, column: npt.NDArray[Any]) -> PackedFile:
+    """Write a column of the index of a pack."""
     file_name = f"{INDEX_FOLDER}/{name}.npy"
     (folder / INDEX_FOLDER).mkdir(exist_ok=True)
     with whole_file(folder / file_name) as file:
