@@ -1,7 +1,7 @@
 """Packing and opening packs: images per second and core, memory and time of an index: python benchmarks/packing.py [--source DIR]
 
-Packing runs in this process alone, on one core; `personmae pack` starts such a process for each core. Its ways take turns, so that a busy machine slows
-all alike. Without --source the images are drawn: JPEGs of person shape, 363 x 149 pixels in the mean. The operating system's cache is warm.
+Packing runs in this process alone, on one core; `personmae pack` starts such a process for each core. Its ways take turns, so that a busy machine
+slows all alike. Without --source the images are drawn: JPEGs of person shape, 363 x 149 pixels in the mean. The operating system's cache is warm.
 
 Opening is timed on packs of --num-opened crops that were never drawn: their index is made up, their shards are empty files of the right length, and
 nothing is read from them (--data.verify no). The memory is that of a process of its own.

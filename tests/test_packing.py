@@ -345,6 +345,9 @@ def test_the_users_mistakes(tmp_path, people):
         pack(people, people / "pack")
     with pytest.raises(UserError, match="cannot be opened"):
         pack(tmp_path / "nowhere", tmp_path / "pack 3")
+    pack(people, tmp_path / "pack 4")
+    with pytest.raises(UserError, match="is a pack already"):
+        pack(tmp_path / "pack 4", tmp_path / "pack 5")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         pack(people, tmp_path / "file" / "pack")
@@ -455,6 +458,38 @@ def test_other_processes_that_never_come_are_not_waited_for_for_ever(tmp_path, p
         pack(people, tmp_path / "pack 2", share=Share(rank=1, world_size=2))
     # Started again with another number of processes, it goes on.
     assert pack(people, tmp_path / "pack").num_images == 30
+
+
+def test_a_rank_that_comes_when_all_is_over_does_nothing(tmp_path, people, monkeypatch):
+    pack(people, tmp_path / "pack", duplicates="exact")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").rglob("*")}
+    monkeypatch.setattr(making, "POLL_SECONDS", 0.01)
+    for duplicates in ("keep", "exact"):
+        assert pack(people, tmp_path / "pack", share=Share(1, 2), duplicates=duplicates) is None
+    # Or between any two of its steps.
+    for step in ("_check_plan", "_remove_partial", "_find_duplicates", "read_record"):
+        pack_of_step = tmp_path / step
+        with monkeypatch.context() as patched:
+            patched.setattr(making, "join_shards", lambda *_: pytest.fail("stopped"))
+            with pytest.raises(pytest.fail.Exception):
+                pack(people, pack_of_step, duplicates="exact")
+        original, ended = getattr(making, step), []
+
+        def end_first(*arguments, original=original, ended=ended, folder=pack_of_step, **options):
+            if not ended:
+                ended.append(True)
+                with monkeypatch.context() as undone:
+                    undone.setattr(making, original.__name__, original)
+                    pack(people, folder, duplicates="exact")
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(making, step, end_first)
+            assert pack(people, pack_of_step, share=Share(1, 2), duplicates="exact") is None
+        assert ended
+        assert fingerprint(pack_of_step) == fingerprint(tmp_path / "pack")
+        assert list(pack_of_step.rglob("*.partial")) == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").rglob("*")} == before
 
 
 def test_ranks_may_come_late(tmp_path, people, monkeypatch):

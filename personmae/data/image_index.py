@@ -48,7 +48,7 @@ class ImageIndex:
     lengths of the contents. checksums: uint32 [N], CRC-32 of the contents. plain: bool [N], an ordinary RGB or grey JPEG (see
     `ImageHeader`). rejected: (path, reason) of each file left out; rejected_file: where that list stands, None if it
     could not be written. names: the paths, one after the other, bytes or uint8; offsets: int64 [N + 1], where each begins.
-    The columns of a pack are mapped from its files, about 80 bytes an image.
+    The columns of a pack are mapped from its files, 36 bytes an image and its name.
     """
 
     storage: Storage

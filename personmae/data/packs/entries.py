@@ -20,6 +20,7 @@ from personmae.configs import UserError
 from personmae.data.images import UnreadableImage, read_bytes
 from personmae.data.packs.archives import ArchiveEntry, decompress_tar, list_tar, list_zip, read_tar_entry, read_zip_entry
 from personmae.data.packs.lmdb_source import find_lmdb, list_keys, open_lmdb, read_value
+from personmae.data.packs.manifest import is_pack
 from personmae.data.sources import list_source
 
 SourceKind = Literal["files", "zip", "tar", "tar.gz", "lmdb"]
@@ -50,6 +51,8 @@ class Entries:
 
 def source_kind(source: Path) -> SourceKind:
     """Told by content, never by name. Raises UserError if the source cannot be opened."""
+    if is_pack(source):
+        raise UserError(f"{source} is a pack already, which pre-training reads as it is; to pack it otherwise, pack what it was made from")
     if find_lmdb(source) is not None:
         return "lmdb"
     if source.is_dir():

@@ -25,7 +25,7 @@ from personmae.configs import UserError
 from personmae.data.packs.atomic import PARTIAL_SUFFIX, whole_file, write_whole
 from personmae.data.packs.crew import do_jobs
 from personmae.data.packs.duplicates import Duplicates, find_exact, find_near
-from personmae.data.packs.entries import Entries, decompress_source, list_entries, source_kind, spool_file
+from personmae.data.packs.entries import Entries, SourceKind, decompress_source, list_entries, source_kind, spool_file
 from personmae.data.packs.examining import REJECTED, PackSettings
 from personmae.data.packs.jobs import Job, Verdicts, read_record, read_verdicts, record_file, verdicts_file
 from personmae.data.packs.joining import join_shards
@@ -59,11 +59,22 @@ def make_pack(
     and if the disk refuses.
     """
     source, folder = source.expanduser().absolute(), folder.expanduser().absolute()
-    work = folder / WORK_FOLDER
-    done = _finished(source, folder, settings, say) if share.rank == 0 or (folder / MANIFEST_FILE).exists() else None
-    if done is not None:
-        return done if share.rank == 0 else None
     kind = source_kind(source)
+    if share.rank == 0:
+        return _finished(source, folder, settings, say) or _pack(source, kind, folder, settings, share, say, progress)
+    try:
+        _pack(source, kind, folder, settings, share, say, progress)
+    except UserError:
+        # Process 0 may have found everything done, and removed what this one was about to read.
+        if not (folder / MANIFEST_FILE).exists():
+            raise
+    return None
+
+
+def _pack(
+    source: Path, kind: SourceKind, folder: Path, settings: PackSettings, share: Share, say: Callable[[str], object], progress: bool
+) -> Manifest | None:
+    work, manifest_file = folder / WORK_FOLDER, folder / MANIFEST_FILE
     plan_file = work / "plan.json"
     if share.rank == 0:
         _prepare_folder(source, folder)
@@ -71,39 +82,48 @@ def make_pack(
             say(f"decompressing {source}: it is read in random order afterwards")
             decompress_source(source, work)
     else:
-        _wait_for(lambda: plan_file.exists() or None, lambda: None, "process 0 to begin", say)
+        _wait_for(lambda: plan_file.exists() or manifest_file.exists() or None, lambda: None, "process 0 to begin", say)
     entries = list_entries(source, kind, spool_file(source, kind, work))
-    num_shards = -(-len(entries) // settings.images_per_shard)
     _check_plan(plan_file, entries, settings, writes=share.rank == 0)
-    order = permutation(settings.seed, 0, len(entries))
-    mine = range(share.rank, num_shards, share.world_size)
+    shards = _Shards(folder, entries, permutation(settings.seed, 0, len(entries)), settings, np.zeros(len(entries), dtype=bool))
+    mine = range(share.rank, shards.number, share.world_size)
     for number in mine:
         _remove_partial(folder, number)
-    left_out = np.zeros(len(entries), dtype=bool)
-    shards = _Shards(folder, entries, order, settings, left_out)
 
     duplicates = None
     if settings.duplicates != "keep":
-        shards.do("examine", [number for number in mine if not verdicts_file(folder, number).exists()], share, progress)
-        if share.rank == 0:
-            find = _wait_for_all(lambda number: read_verdicts(folder, number), verdicts_file, folder, num_shards, "examined", say)
-            duplicates = _decide(find, order, settings, work, say)
-        else:
-            _wait_for(lambda: _read_duplicates(work), lambda: None, "process 0 to find the duplicates", say)
-            duplicates = _read_duplicates(work)
-        assert duplicates is not None
-        left_out[duplicates.rows] = True
+        duplicates = _find_duplicates(shards, mine, share, say, progress)
+        shards.left_out[duplicates.rows] = True
 
     todo = [number for number in mine if read_record(folder, number) is None]
+    if share.rank and manifest_file.exists():
+        # Nothing was missing: the records are gone because all is done.
+        return None
     if len(todo) < len(mine):
         say(f"{len(mine) - len(todo)} of {len(mine)} shards were written before")
     shards.do("write", todo, share, progress)
     if share.rank:
         return None
-    records = _wait_for_all(lambda number: read_record(folder, number), record_file, folder, num_shards, "written", say)
+    records = _wait_for_all(lambda number: read_record(folder, number), record_file, folder, shards.number, "written", say)
     manifest = join_shards(source, folder, entries, records, duplicates, settings)
     shutil.rmtree(work)
     return manifest
+
+
+def _find_duplicates(shards: _Shards, mine: range, share: Share, say: Callable[[str], object], progress: bool) -> Duplicates:
+    """Examine this process's shards; process 0 decides when all are examined, the others wait for its decision."""
+    folder = shards.folder
+    file = folder / WORK_FOLDER / "duplicates.npz"
+    shards.do("examine", [number for number in mine if not verdicts_file(folder, number).exists()], share, progress)
+    if share.rank == 0:
+        verdicts = _wait_for_all(lambda number: read_verdicts(folder, number), verdicts_file, folder, shards.number, "examined", say)
+        return _decide(verdicts, shards.order, shards.settings, file, say)
+    _wait_for(lambda: file.exists() or (folder / MANIFEST_FILE).exists() or None, lambda: None, "process 0 to find the duplicates", say)
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            return Duplicates(saved["rows"], saved["originals"], saved["bits"])
+    except FileNotFoundError as error:
+        raise UserError(f"{file} has gone; start the same command again") from error
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,11 @@ class _Shards:
     order: npt.NDArray[np.int64]
     settings: PackSettings
     left_out: npt.NDArray[np.bool_]
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return -(-len(self.entries) // self.settings.images_per_shard)
 
     def rows(self, number: int) -> npt.NDArray[np.int64]:
         size = self.settings.images_per_shard
@@ -200,7 +225,7 @@ def _remove_partial(folder: Path, number: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _decide(verdicts: list[Verdicts], order: npt.NDArray[np.int64], settings: PackSettings, work: Path, say: Callable[[str], object]) -> Duplicates:
+def _decide(verdicts: list[Verdicts], order: npt.NDArray[np.int64], settings: PackSettings, file: Path, say: Callable[[str], object]) -> Duplicates:
     """The duplicates among the examined images, written for the other processes."""
     num_images = len(order)
     contents, near = np.empty((num_images, 2), dtype=np.uint64), np.empty(num_images, dtype=np.uint64)
@@ -218,17 +243,9 @@ def _decide(verdicts: list[Verdicts], order: npt.NDArray[np.int64], settings: Pa
         joined = [np.concatenate(pair) for pair in ((found.rows, close.rows), (found.originals, close.originals), (found.bits, close.bits))]
         ascending = np.argsort(joined[0])
         found = Duplicates(*(column[ascending] for column in joined))
-    with whole_file(work / "duplicates.npz") as file:
-        np.savez(file, rows=found.rows, originals=found.originals, bits=found.bits)
+    with whole_file(file) as written:
+        np.savez(written, rows=found.rows, originals=found.originals, bits=found.bits)
     return found
-
-
-def _read_duplicates(work: Path) -> Duplicates | None:
-    try:
-        with np.load(work / "duplicates.npz", allow_pickle=False) as saved:
-            return Duplicates(saved["rows"], saved["originals"], saved["bits"])
-    except FileNotFoundError:
-        return None
 
 
 def _wait_for_all(
