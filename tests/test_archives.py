@@ -85,6 +85,12 @@ def test_damage_anywhere_is_told_or_does_not_show(tmp_path, kind, data):
     broken = bytearray(whole[: data.draw(st.integers(1, len(whole)))])
     for _ in range(data.draw(st.integers(0, 6))):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    if kind == "tar" and data.draw(st.booleans()):
+        # As one would who means it: with checksums that fit the damage.
+        for start in range(0, len(broken) - 511, 512):
+            if broken[start + 257 : start + 262] == b"ustar":
+                broken[start + 148 : start + 156] = b" " * 8
+                broken[start + 148 : start + 156] = b"%06o\0 " % sum(broken[start : start + 512])
     (tmp_path / "b").write_bytes(bytes(broken))
     try:
         found = read_all(tmp_path / "b", kind)
@@ -224,6 +230,12 @@ def test_cut_and_damaged_archives(tmp_path):
     with pytest.raises(UserError, match="damaged or cut"):
         decompress_tar(tmp_path / "d.tar.gz", tmp_path / "d.tar")
     assert not (tmp_path / "d.tar").exists()
+
+
+def test_an_entry_without_a_name(tmp_path):
+    content = zip_of(tmp_path / "a.zip", {"": b"x", "a.jpg": b"y"}).read_bytes()
+    (tmp_path / "a.zip").write_bytes(content)
+    assert read_all(tmp_path / "a.zip", "zip") == {"a.jpg": b"y"}
 
 
 def test_too_long_and_empty_entries(tmp_path):

@@ -59,7 +59,8 @@ def list_zip(path: Path) -> Iterator[ArchiveEntry]:
     if sum(entry.compress_size for entry in entries) > size:
         raise UserError(f"{path} claims more compressed bytes than it has: its entries overlap, which no honest archive's do")
     for entry in entries:
-        if entry.is_dir() or not _is_wanted(entry.filename):
+        # The name first: it may be empty, which is_dir cannot take.
+        if not _is_wanted(entry.filename) or entry.is_dir():
             continue
         kind = stat.S_IFMT(entry.external_attr >> 16)
         reason = _name_problem(entry.filename)

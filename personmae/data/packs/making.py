@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -87,8 +88,7 @@ def _pack(
     _check_plan(plan_file, entries, settings, writes=share.rank == 0)
     shards = _Shards(folder, entries, permutation(settings.seed, 0, len(entries)), settings, np.zeros(len(entries), dtype=bool))
     mine = range(share.rank, shards.number, share.world_size)
-    for number in mine:
-        _remove_partial(folder, number)
+    _remove_partial(folder, mine)
 
     duplicates = None
     if settings.duplicates != "keep":
@@ -219,10 +219,12 @@ def _changed(before: dict[str, Any], settings: PackSettings) -> list[str]:
     return [f"{name}: {before.get(name)} -> {value}" for name, value in settings.describe().items() if before.get(name) != value]
 
 
-def _remove_partial(folder: Path, number: int) -> None:
-    """What a killed process has left of a shard of ours."""
-    for path in [*folder.glob(f"shard-{number:06d}.*{PARTIAL_SUFFIX}"), *(folder / WORK_FOLDER).glob(f"*-{number:06d}.npz.*{PARTIAL_SUFFIX}")]:
-        path.unlink(missing_ok=True)
+def _remove_partial(folder: Path, mine: range) -> None:
+    """What killed processes have left of our shards."""
+    for path in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *(folder / WORK_FOLDER).glob(f"*{PARTIAL_SUFFIX}")]:
+        number = re.match(r"(?:shard|examined)-(\d+)\.", path.name)
+        if number is not None and int(number[1]) in mine:
+            path.unlink(missing_ok=True)
 
 
 def _decide(verdicts: list[Verdicts], order: npt.NDArray[np.int64], settings: PackSettings, file: Path, say: Callable[[str], object]) -> Duplicates:
