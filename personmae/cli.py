@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "draw the built-in data set, pre-train, evaluate, write a report",
     "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
     "evaluate": "retrieval scores of runs, encoder files or anyone's features on labelled sets",
+    "pack": "pack a folder, list, zip, tar or LMDB of images into checked tar shards, for pre-training on millions",
     "crop": "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)",
     "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
     "mannequins": "draw the built-in data set",
@@ -59,6 +60,11 @@ def _run(command: str, arguments: list[str]) -> None:
         retrieval.main(tyro.cli(RetrievalConfig, prog=program, description=retrieval.__doc__, args=arguments))
     elif command == "data":
         _run_data(arguments)
+    elif command == "pack":
+        from personmae.recipes import PackConfig
+        from personmae.tasks import packing
+
+        packing.main(tyro.cli(PackConfig, prog=program, description=packing.__doc__, args=arguments))
     elif command == "crop":
         from personmae.recipes import CropConfig
         from personmae.tasks import cropping

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from personmae.configs import UserError, differences, from_plain, parse_flags, to_plain, user_errors_exit
-from personmae.data.image_index import ImageIndex, build_index
-from personmae.data.images import UnreadableImage, read_image, sample_box
+from personmae.data.image_index import ImageIndex, build_index, check_source
+from personmae.data.images import UnreadableImage, sample_box
 from personmae.data.kept_index import keep_index, read_kept_index
 from personmae.data.loaders import RegionBatch, open_loader
 from personmae.data.plan import BatchPlan, Plan
@@ -265,7 +265,7 @@ def draw_reconstructions(
     regions, rows = [], []
     for row, sample in enumerate(chosen.samples):
         try:
-            image = read_image(index.path(int(sample)))
+            image = index.image(int(sample))
         except UnreadableImage:
             continue  # gone bad since it was indexed; the loader reports such files
         rows.append(row)
@@ -318,9 +318,10 @@ def open_index(config: PretrainConfig) -> ImageIndex:
     if goes_on:
         began_with = read_kept_index(kept)
         if began_with.source == config.data.source.absolute():
+            check_source(config.data.source, config.data.index_dir, config.data.verify)
             print(f"images: the {len(began_with.index)} that the run began with ({kept})")
             return began_with.index
-    index = build_index(config.data.source, config.data.index_dir)
+    index = build_index(config.data.source, config.data.index_dir, verify=config.data.verify)
     if not goes_on:
         keep_index(config.data.source, index, kept)
     return index

@@ -17,8 +17,12 @@ from personmae.data.crop_names import CropLayout, IdScope
 from personmae.data.crops import CropRules
 from personmae.data.loaders import LoaderConfig
 from personmae.data.mannequins import MannequinsConfig
+from personmae.data.packs.examining import DuplicateKind, PackSettings
+from personmae.data.packs.manifest import Verify
+from personmae.data.packs.transcoding import Subsampling, Transcoding
 from personmae.data.plan import RegionConfig
 from personmae.data.sequences import MotBoxes
+from personmae.data.verdicts import MAX_PIXELS, MIN_SIDE_PX, Limits
 from personmae.models.attention import AttentionKind
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig
@@ -46,8 +50,9 @@ def require_positive(config: object, *names: str) -> None:
 class DataConfig:
     """Where the person crops are and how regions are cut from them."""
 
-    source: Path | None = None  # a folder of images (any depth), or a text file with one path a line
+    source: Path | None = None  # a folder of images (any depth), a text file with one path a line, or a pack
     index_dir: Path | None = None  # where the index of the source is kept; by default in the user's cache
+    verify: Verify = "auto"  # the shards of a pack, at the start: by SHA-256 once (auto) or each time (always), or by length alone (no)
     regions: RegionConfig = RegionConfig()
     loader: LoaderConfig = LoaderConfig()
 
@@ -89,6 +94,7 @@ FREE_SETTINGS = (
     "run_dir",
     "data.source",
     "data.index_dir",
+    "data.verify",
     "data.loader",
     "accumulation",
     "device",
@@ -209,6 +215,41 @@ class CropConfig:
             raise UserError(f"max_unreadable is {self.max_unreadable}; it must lie between 0 and 1")
         if self.relative and self.origin:
             raise UserError("origin counts pixels, which relative boxes have none of; leave one of them out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Packing a source of images into shards."""
+
+    source: Annotated[Path, tyro.conf.Positional]  # a folder, a text list, a zip, tar or tar.gz archive, or an LMDB database
+    folder: Annotated[Path, tyro.conf.Positional]  # a new or empty folder; what is begun in it goes on, what is done is left as it is
+    images_per_shard: int = 10_000  # of the source, in each tar
+    max_side_px: int = 0  # shrink images whose longer side is longer, say to 512; 0 = none
+    re_encode: bool = False  # also ordinary JPEGs, which are kept byte for byte otherwise
+    quality: int = 95  # of JPEGs that are encoded anew
+    subsampling: Subsampling = "444"  # of their colours; 420 takes 15 to 33 % fewer bytes
+    duplicates: DuplicateKind = "keep"  # or leave out: exact ones, or near ones as well
+    near_bits: int = 3  # of 64: as many may differ in the difference hashes of near duplicates, at most 6
+    min_side_px: int = MIN_SIDE_PX  # smaller images are left out
+    max_pixels: int = MAX_PIXELS  # larger ones too, before they are decoded
+    seed: int = 0  # of the order in the shards
+    num_workers: int | None = None  # processes; by default one for each core
+
+    def __post_init__(self) -> None:
+        require_positive(self, "images_per_shard", "max_pixels", *(["num_workers"] if self.num_workers is not None else []))
+        # Wrong values are told before anything is read.
+        self.settings()
+
+    def settings(self) -> PackSettings:
+        """Those that the bytes of the pack depend on."""
+        return PackSettings(
+            seed=self.seed,
+            images_per_shard=self.images_per_shard,
+            transcoding=Transcoding(self.max_side_px, self.re_encode, self.quality, self.subsampling),
+            limits=Limits(min_side_px=self.min_side_px, max_pixels=self.max_pixels),
+            duplicates=self.duplicates,
+            near_bits=self.near_bits,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ HOMES = {
     "cv2": ["personmae/data/"],
     "simplejpeg": ["personmae/data/"],
     "PIL": ["personmae/data/", "personmae/visuals/"],
-    "lmdb": ["personmae/data/reid/luperson.py"],
+    "lmdb": ["personmae/data/packs/lmdb_source.py", "personmae/data/reid/luperson.py"],
     "tqdm": ["personmae/data/", "personmae/evaluation/progress.py", "personmae/training/"],
     "tyro": ["personmae/configs.py", "personmae/recipes.py", "personmae/tasks/", "personmae/cli.py"],
 }

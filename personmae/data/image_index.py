@@ -1,10 +1,11 @@
 """The index of a source of images: which files can be read, their dimensions and checksums. Built once, in parallel,
 and reused.
 
-A source is a folder (JPEG, PNG, WebP, BMP, TIFF at any depth) or a text list (one path a line). Every file is read and
-decoded once, strictly; what is unreadable, empty, truncated, tiny or absurdly large is left out and listed with its
-reason in `rejected.tsv`. Sample number = position in the index = rank of the path among the readable ones, so a run
-draws the same samples on any machine.
+A source is a folder (JPEG, PNG, WebP, BMP, TIFF at any depth), a text list (one path a line), or a pack (written by
+`personmae pack`), which brings its index with it. Every file of the first two is read and decoded once, strictly; what
+is unreadable, empty, truncated, tiny or absurdly large is left out and listed with its reason in `rejected.tsv`. Sample
+number = position in the index = rank of the path among the readable ones, so a run draws the same samples on any
+machine, from the files or from a pack of them.
 
 The paths of millions of files take one bytes object and one array of offsets; no file is held open.
 """
@@ -28,12 +29,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from personmae.configs import UserError
-from personmae.data.images import UnreadableImage, decode, read_bytes, read_header
+from personmae.data.images import UInt8Array, UnreadableImage, decode, read_bytes
+from personmae.data.packs.manifest import Verify, is_pack
 from personmae.data.sources import Listing, list_source
-
-MIN_SIDE_PX = 16
-MAX_PIXELS = 50_000_000
-MAX_SIDE_PX = 16_384
+from personmae.data.storage import FileStorage, Storage
+from personmae.data.verdicts import MAX_PIXELS, MAX_SIDE_PX, MIN_SIDE_PX, Limits, check_image
 
 # Changes when the file layout or what counts as readable does: older indexes are then built anew.
 _FORMAT = 2
@@ -44,13 +44,14 @@ _FILES_PER_TASK = 32
 class ImageIndex:
     """The readable images of a source, in the order of their paths.
 
-    root: folder that relative names start from. heights, widths: int32 [N], pixels as stored. num_bytes: int64 [N],
-    file lengths. checksums: uint32 [N], CRC-32 of the contents. plain: bool [N], an ordinary RGB or grey JPEG (see
+    storage: where their contents lie. heights, widths: int32 [N], pixels as stored. num_bytes: int64 [N],
+    lengths of the contents. checksums: uint32 [N], CRC-32 of the contents. plain: bool [N], an ordinary RGB or grey JPEG (see
     `ImageHeader`). rejected: (path, reason) of each file left out; rejected_file: where that list stands, None if it
-    could not be written. names: the paths, one after the other, as bytes; offsets: int64 [N + 1], where each begins.
+    could not be written. names: the paths, one after the other, bytes or uint8; offsets: int64 [N + 1], where each begins.
+    The columns of a pack are mapped from its files, 36 bytes an image and its name.
     """
 
-    root: Path
+    storage: Storage
     heights: npt.NDArray[np.int32]
     widths: npt.NDArray[np.int32]
     num_bytes: npt.NDArray[np.int64]
@@ -58,34 +59,47 @@ class ImageIndex:
     plain: npt.NDArray[np.bool_]
     rejected: list[tuple[str, str]]
     rejected_file: Path | None
-    names: bytes = field(repr=False)
+    names: bytes | UInt8Array = field(repr=False)
     offsets: npt.NDArray[np.int64] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.heights)
 
+    @property
+    def root(self) -> Path:
+        """The folder that holds the images."""
+        return self.storage.root
+
     def name(self, sample: int) -> str:
         """The path of a sample as the source has it: relative to `root`, or absolute if a list says so."""
-        return os.fsdecode(self.names[self.offsets[sample] : self.offsets[sample + 1]])
+        return os.fsdecode(bytes(self.names[self.offsets[sample] : self.offsets[sample + 1]]))
 
     def path(self, sample: int) -> Path:
-        return self.root / self.name(sample)
+        """Where a sample lies, for people; of a pack, the shard and the name: see `read` and `image`."""
+        return self.storage.path(sample, self.name(sample))
+
+    def is_there(self, sample: int) -> bool:
+        """Whether the file that holds a sample still exists."""
+        return self.storage.is_there(sample, self.name(sample))
 
     def read(self, sample: int) -> bytes:
-        """The content of a sample's file, known to decode since it is what was indexed. Raises UnreadableImage if it is
+        """The content of a sample, known to decode since it is what was indexed. Raises UnreadableImage if it is
         gone or has changed."""
-        path = self.path(sample)
-        data = read_bytes(path)
+        data = self.storage.read(sample, self.name(sample))
         if len(data) != self.num_bytes[sample]:
-            raise UnreadableImage(path, f"changed since it was indexed: {self.num_bytes[sample]} bytes then, {len(data)} now")
+            raise UnreadableImage(self.path(sample), f"changed since it was indexed: {self.num_bytes[sample]} bytes then, {len(data)} now")
         if zlib.crc32(data) != self.checksums[sample]:
-            raise UnreadableImage(path, "changed since it was indexed: other content of the same length")
+            raise UnreadableImage(self.path(sample), "changed since it was indexed: other content of the same length")
         return data
+
+    def image(self, sample: int) -> UInt8Array:  # -> [H, W, 3] RGB
+        """The pixels of a sample, uint8. Raises UnreadableImage if it is gone or has changed."""
+        return decode(self.read(sample), self.path(sample))
 
     def digest(self) -> str:
         """16 hexadecimal digits that change with any name, dimension or content: two runs with the same digest see the
         same images."""
-        digest = hashlib.sha256(self.names)
+        digest = hashlib.sha256(np.frombuffer(self.names, dtype=np.uint8).data)
         for column in (self.offsets, self.heights, self.widths, self.checksums):
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()[:16]
@@ -101,12 +115,14 @@ def build_index(
     num_workers: int | None = None,
     progress: bool = True,
     announce: Callable[[str], None] = print,
+    verify: Verify = "auto",
 ) -> ImageIndex:
     """The index of a folder or text list, from the cache if the source is unchanged (names, sizes, modification times).
 
-    source: a folder, searched at any depth for files named .jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff in any case; links are
-    followed, hidden files and folders (.name) are not. Or a text file with one path a line, absolute or relative to the
-    list's own folder; empty lines and repetitions are dropped. cache_dir: where the index is kept; by default a folder
+    source: a folder, searched at any depth for files named .jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff in any case;
+    links are followed, hidden files and folders (.name) are not. Or a text file with one path a line, absolute or relative to the
+    list's own folder; empty lines and repetitions are dropped. Or a pack, whose own index is taken after its shards were
+    checked (verify: see `open_pack`; the limits do not apply). cache_dir: where the index is kept; by default a folder
     for this source in the user's cache (`XDG_CACHE_HOME`, or ~/.cache). If it cannot be written the index works, but is
     not kept. min_side_px, max_side_px, max_pixels: limits to a readable image's dimensions, checked before any pixel is
     decoded. num_workers: threads, by default one for each core this process may use. progress: a bar, where stderr is a
@@ -118,7 +134,12 @@ def build_index(
     Raises UserError if the source does not exist, holds no image, or none that is readable.
     """
     source = Path(source).expanduser()
-    limits = _Limits(min_side_px, max_pixels, max_side_px)
+    if is_pack(source):
+        # It makes an ImageIndex, so it cannot be imported above.
+        from personmae.data.packs.opening import open_pack
+
+        return open_pack(source, cache_dir or default_cache_dir(source), verify=verify, num_workers=num_workers, announce=announce)
+    limits = Limits(min_side_px, max_pixels, max_side_px)
     listing = list_source(source)
     folder = (cache_dir or default_cache_dir(source)).expanduser()
     table = _load(folder / "index.npz", listing, limits)
@@ -147,6 +168,15 @@ def build_index(
     return index
 
 
+def check_source(source: Path, cache_dir: Path | None, verify: Verify) -> None:
+    """Check the files of a source that is a pack, for a run that goes on with the index it has kept; images in files of
+    their own are checked as they are read. Raises UserError naming a file that is not as it was packed."""
+    if is_pack(source):
+        from personmae.data.packs.opening import check_pack
+
+        check_pack(source, cache_dir or default_cache_dir(source), verify=verify)
+
+
 def default_cache_dir(source: Path) -> Path:
     """The folder of the user's cache that keeps the index of this source."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -155,10 +185,19 @@ def default_cache_dir(source: Path) -> Path:
     return Path(base) / "personmae" / "indexes" / f"{resolved.name or 'root'}-{key}"
 
 
-class _Limits(NamedTuple):
-    min_side_px: int
-    max_pixels: int
-    max_side_px: int
+def as_files(index: ImageIndex, samples: Sequence[int], folder: Path) -> list[Path]:
+    """Paths of samples as files: their own, or of a pack copies that are written into `folder`. Raises UserError naming one that cannot be read."""
+    if isinstance(index.storage, FileStorage):
+        return [index.path(sample) for sample in samples]
+    paths = []
+    for sample in samples:
+        try:
+            content = index.read(sample)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        paths.append(folder / f"{sample:09d}.jpg")
+        paths[-1].write_bytes(content)
+    return paths
 
 
 # States of a file in the table: not examined yet; examined; the system could not read it, to be tried again next time.
@@ -186,7 +225,7 @@ class _Verdict(NamedTuple):
     by_system: bool
 
 
-def _examine(listing: Listing, table: _Table, rows: npt.NDArray[np.intp], limits: _Limits, num_workers: int, progress: bool) -> None:
+def _examine(listing: Listing, table: _Table, rows: npt.NDArray[np.intp], limits: Limits, num_workers: int, progress: bool) -> None:
     """Fills in the table's `rows`, with threads: decoding releases Python's lock."""
 
     def examine_some(some: npt.NDArray[np.intp]) -> list[_Verdict]:
@@ -220,28 +259,18 @@ def _examine(listing: Listing, table: _Table, rows: npt.NDArray[np.intp], limits
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _examine_file(path: Path, num_bytes: int, limits: _Limits) -> _Verdict:
+def _examine_file(path: Path, num_bytes: int, limits: Limits) -> _Verdict:
     try:
-        # No readable image within the limits is longer than an uncompressed 16-bit RGBA one.
-        data = read_bytes(path, max_bytes=8 * limits.max_pixels + (1 << 20))
+        data = read_bytes(path, max_bytes=limits.max_bytes)
         if len(data) != num_bytes:
             raise UnreadableImage(path, "changed while it was being indexed", by_system=True)
-        header = read_header(data, path)
-        height, width = header.height, header.width
-        if min(height, width) < limits.min_side_px:
-            raise UnreadableImage(path, f"too small: {width} x {height} pixels (w x h), at least {limits.min_side_px} a side")
-        if max(height, width) > limits.max_side_px or height * width > limits.max_pixels:
-            allowed = f"at most {limits.max_side_px} a side and {limits.max_pixels} in all"
-            raise UnreadableImage(path, f"too large: {width} x {height} pixels (w x h), {allowed}")
-        pixels = decode(data, path)
-        if pixels.shape != (height, width, 3):
-            raise UnreadableImage(path, f"its header says {width} x {height} pixels (w x h), its content {pixels.shape[1]} x {pixels.shape[0]}")
+        header = check_image(data, path, limits).header
     except UnreadableImage as error:
         return _Verdict(0, 0, 0, False, error.reason, error.by_system)
-    return _Verdict(height, width, zlib.crc32(data), header.plain, "", False)
+    return _Verdict(header.height, header.width, zlib.crc32(data), header.plain, "", False)
 
 
-def _load(file: Path, listing: Listing, limits: _Limits) -> _Table:
+def _load(file: Path, listing: Listing, limits: Limits) -> _Table:
     """What the cache knows of the files of a listing: a file of the same name, length and modification time has not
     changed."""
     size = len(listing.names)
@@ -291,7 +320,7 @@ def _same_names(blob: bytes, offsets: npt.NDArray[np.int64], names: Sequence[byt
     return both[:, 0], both[:, 1]
 
 
-def _save(folder: Path, listing: Listing, table: _Table, limits: _Limits) -> str | None:
+def _save(folder: Path, listing: Listing, table: _Table, limits: Limits) -> str | None:
     """Writes index.npz and rejected.tsv, whole or not at all. Returns why it could not, or None."""
     rejected = "".join(f"{_field(listing.root / os.fsdecode(listing.names[row]))}\t{reason}\n" for row, reason in sorted(table.reasons.items()))
     partial = folder / f"index.{os.getpid()}.partial"
@@ -331,7 +360,7 @@ def _to_index(listing: Listing, table: _Table, folder: Path, problem: str | None
     readable[list(table.reasons)] = False
     names = [listing.names[row] for row in np.flatnonzero(readable).tolist()]
     return ImageIndex(
-        root=listing.root,
+        storage=FileStorage(listing.root),
         heights=table.heights[readable],
         widths=table.widths[readable],
         num_bytes=listing.num_bytes[readable],

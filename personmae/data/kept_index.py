@@ -18,6 +18,7 @@ import numpy as np
 
 from personmae.configs import UserError
 from personmae.data.image_index import ImageIndex
+from personmae.data.storage import FileStorage, ShardStorage, Storage
 
 _COLUMNS = ("heights", "widths", "num_bytes", "checksums", "plain", "offsets")
 
@@ -43,6 +44,9 @@ def keep_index(source: Path, index: ImageIndex, path: Path) -> None:
         with open(partial, "wb") as file:
             arrays: dict[str, Any] = {name: getattr(index, name) for name in _COLUMNS}
             arrays |= {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
+            if isinstance(index.storage, ShardStorage):
+                arrays["shards"] = np.frombuffer(json.dumps(index.storage.shards).encode(), dtype=np.uint8)
+                arrays |= {"shard_numbers": index.storage.shard_numbers, "positions": index.storage.positions}
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -60,7 +64,12 @@ def read_kept_index(path: Path) -> KeptIndex:
             source, root, names, rejected = (saved[name].tobytes() for name in ("source", "root", "names", "rejected"))
             columns = {name: saved[name] for name in _COLUMNS}
             entries = [(str(file), str(reason)) for file, reason in json.loads(rejected)]
+            folder = Path(os.fsdecode(root))
+            storage: Storage = FileStorage(folder)
+            if "shards" in saved:
+                shards = tuple(str(name) for name in json.loads(saved["shards"].tobytes()))
+                storage = ShardStorage(folder, shards, saved["shard_numbers"], saved["positions"], columns["num_bytes"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"the index of the run, {path}, cannot be read ({error}); restore it, or begin another run") from error
-    index = ImageIndex(root=Path(os.fsdecode(root)), names=names, rejected=entries, rejected_file=None, **columns)
+    index = ImageIndex(storage=storage, names=names, rejected=entries, rejected_file=None, **columns)
     return KeptIndex(Path(os.fsdecode(source)), index)

@@ -64,7 +64,7 @@ class DaliLoader(Loader):
     ) -> None:
         self.recoveries = 0
         self._dali = _import_dali()
-        self._painter = RowPainter(plan, config, size, lambda sample: decode(index.read(sample), index.path(sample)))
+        self._painter = RowPainter(plan, config, size, index.image)
         self._plan = plan
         self._parts = parts
         self._size = size

@@ -25,7 +25,7 @@ from personmae.data.delivery import (
     with_replacements,
 )
 from personmae.data.image_index import ImageIndex
-from personmae.data.images import UInt8Array, decode, recolour, sample_box
+from personmae.data.images import UInt8Array, recolour, sample_box
 from personmae.data.plan import BatchPlan, Plan
 
 # Short tasks spread a batch evenly; much shorter ones would cost more than they give.
@@ -102,10 +102,10 @@ class ThreadLoader(Loader):
 
     def _image(self, sample: int) -> UInt8Array:
         if self._cache is None:
-            return decode(self._index.read(sample), self._index.path(sample))
+            return self._index.image(sample)
         image = self._cache.get(sample)
         if image is None:
-            image = self._cache[sample] = decode(self._index.read(sample), self._index.path(sample))
+            image = self._cache[sample] = self._index.image(sample)
         return image
 
     def _to_device(self, batch: RegionBatch) -> RegionBatch:

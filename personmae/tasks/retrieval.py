@@ -8,6 +8,7 @@ personmae evaluate --features FILE.npz --as transreid          features that any
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from personmae.configs import UserError, from_plain
-from personmae.data.image_index import build_index
+from personmae.data.image_index import as_files, build_index
 from personmae.data.kept_index import read_kept_index
 from personmae.data.reid import ReidSet, num_splits, open_reid_set
 from personmae.evaluation.colour_histogram import describe_colours
@@ -53,7 +54,8 @@ def main(config: RetrievalConfig, say: Say = print) -> list[dict[str, Any]]:
     table: Table = {}
     rows = score_feature_files(config, scoring, table, say)
     for checkpoint in config.checkpoint:
-        rows += score_checkpoint(checkpoint, config, scoring, table, say)
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += score_checkpoint(checkpoint, config, scoring, table, Path(scratch), say)
     if len(table) > 1:
         say(score_table(table))
     if config.output is not None:
@@ -97,14 +99,17 @@ def score_feature_files(config: RetrievalConfig, scoring: ScoringConfig, table: 
     return rows
 
 
-def score_checkpoint(checkpoint: Path, config: RetrievalConfig, scoring: ScoringConfig, table: Table, say: Say) -> list[dict[str, Any]]:
-    """Scores of one encoder on all sets, written into its run if it is one; adds to the table, returns its rows."""
+def score_checkpoint(
+    checkpoint: Path, config: RetrievalConfig, scoring: ScoringConfig, table: Table, scratch: Path, say: Say
+) -> list[dict[str, Any]]:
+    """Scores of one encoder on all sets, written into its run if it is one; adds to the table, returns its rows. scratch: a folder for images that
+    lie in a pack."""
     is_run = checkpoint.is_dir()
     if is_run:
         check_run_dir(checkpoint)
     run = read_run_config(checkpoint) if is_run else None
     encoder = load_encoder(checkpoint / "encoder.safetensors" if is_run else checkpoint)
-    unlabelled = choose_unlabelled(checkpoint, config, run, say)
+    unlabelled = choose_unlabelled(checkpoint, config, run, scratch, say)
     output = config.output / checkpoint.stem if config.output is not None else checkpoint / "evaluation" if is_run else None
 
     # What is compared.
@@ -214,7 +219,7 @@ def read_run_config(run: Path) -> PretrainConfig:
     return from_plain(PretrainConfig, content)
 
 
-def choose_unlabelled(checkpoint: Path, config: RetrievalConfig, run: PretrainConfig | None, say: Say) -> list[Path]:
+def choose_unlabelled(checkpoint: Path, config: RetrievalConfig, run: PretrainConfig | None, scratch: Path, say: Say) -> list[Path]:
     """The images that whitening is fitted on, spread evenly over the source; none if there is no source."""
     if config.unlabelled is not None:
         index = build_index(config.unlabelled, progress=False)
@@ -222,14 +227,14 @@ def choose_unlabelled(checkpoint: Path, config: RetrievalConfig, run: PretrainCo
             raise UserError(f"{config.unlabelled} holds 1 image; whitening needs at least 2")
     elif run is not None and (checkpoint / "index.npz").exists():
         index = read_kept_index(checkpoint / "index.npz").index
-        if not index.path(0).exists():
+        if not index.is_there(0):
             say(f"no whitened scores: the images of the run are no longer at {index.root}; give --unlabelled FOLDER")
             return []
     else:
         say("no whitened scores: give --unlabelled FOLDER to fit the whitening on")
         return []
     chosen = np.unique(np.linspace(0, len(index) - 1, min(config.num_unlabelled, len(index))).round().astype(int))
-    return [index.path(int(number)) for number in chosen]
+    return as_files(index, chosen.tolist(), scratch)
 
 
 def initial_encoder(encoder: VisionTransformer, run: PretrainConfig | None) -> VisionTransformer:

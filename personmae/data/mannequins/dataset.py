@@ -25,6 +25,7 @@ from personmae.configs import UserError, differences, to_plain
 from personmae.data.mannequins.camera import camera_of
 from personmae.data.mannequins.pictures import GALLERY, OCCLUDED, QUERY, TRAIN, UNLABELLED, MannequinsConfig, Picture, plan_pictures
 from personmae.data.mannequins.render import picture_pixels
+from personmae.data.worker_environment import worker_environment
 
 # Goes up with every change of the pictures, so that old drawings are told from new ones.
 GENERATOR_VERSION = 2
@@ -174,13 +175,6 @@ def draw_share(root: Path, config: MannequinsConfig, share: int, num_shares: int
     """Draw every num_shares-th picture, beginning with number `share`: what one worker does. `report` gets numbers of pictures done."""
     for _ in _draw(root, config, plan_pictures(config)[share::num_shares], report):
         pass
-
-
-def worker_environment() -> dict[str, str]:
-    """The path, so that workers find this package as this process did; one thread each, as there is a process per core."""
-    # An empty entry is the current folder: notebooks and `python -c` find packages by it.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _draw_in_workers(root: Path, config: MannequinsConfig, num_workers: int, report: Callable[[int], None]) -> None:

@@ -1,0 +1,1 @@
+"""Packs: millions of images in tar shards with an index, written by `personmae pack`."""
