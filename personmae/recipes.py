@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,11 +72,14 @@ class PretrainConfig:
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
     log_every: int = 20  # steps
     picture_every: int = 2000  # steps between reconstruction pictures
-    checkpoint_every: int = 1000  # steps
+    checkpoint_every: int = 1000  # steps between checkpoints, which are written beside the training, from a copy of the state in host memory
+    checkpoint_minutes: float = 15.0  # also after so many minutes without one, with the next line of the log; 0: by steps alone
     keep_last: int = 3  # checkpoints
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "accumulation", "log_every", "picture_every", "checkpoint_every", "keep_last")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be a number of minutes, or 0")
 
 
 # Settings of a pre-training run that may change when a run is continued: they change where and how fast it runs, not what it computes.
@@ -98,6 +102,7 @@ FREE_SETTINGS = (
     "log_every",
     "picture_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_last",
 )
 

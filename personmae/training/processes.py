@@ -166,18 +166,24 @@ class StopSignal:
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.received: signal.Signals | None = None
+        self._asked = False
         self._first_time = 0.0
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._exchange: dist.Work | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    def ask(self) -> None:
+        """Stop all processes, as a signal would."""
+        self._asked = True
+
     def requested(self) -> bool:
         """Whether any process was asked to stop, the same answer in every process; call it once per step in each."""
+        wanted = self._asked or self.received is not None
         if self.processes.control is None:
-            return self.received is not None
+            return wanted
         if self._finish_exchange():
             return True
-        self._flag[0] = int(self.received is not None)
+        self._flag[0] = int(wanted)
         self._exchange = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self.processes.control, async_op=True)
         return False
 
