@@ -142,6 +142,8 @@ def main(config: PretrainConfig) -> int:
                     for micro in range(config.accumulation):
                         batch = next(batches)
                         inputs = to_inputs(batch, config, device)
+                        if step == first and micro == 0 and trained is not model:
+                            settle_buckets(trained, gradients, inputs)
                         with synchronised(trained, micro + 1 == config.accumulation):
                             output, features = gradients(inputs, ramp)
                         outputs.append(output)
@@ -246,6 +248,15 @@ def prepare_gradients(
     targets = None if config.model.losses == "pixels" else teacher
     compute = functools.partial(compute_gradients, trained, targets, scale=1.0 / config.accumulation, precision=precision)
     return choice, CapturedGradients(compute, trained.parameters(), required=config.cuda_graph == "yes") if choice.captured else compute
+
+
+def settle_buckets(trained: nn.Module, gradients: Compute, inputs: RegionInputs) -> None:
+    """A backward pass for nothing, after which DistributedDataParallel has put its gradients into their final order.
+
+    Between more than two processes the order of a sum's terms depends on it: without, the first step after a resume would differ in the last bits.
+    """
+    gradients(inputs, 1.0)
+    trained.zero_grad(set_to_none=True)
 
 
 def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) -> RegionInputs:

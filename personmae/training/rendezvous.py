@@ -1,8 +1,8 @@
 """How the processes of one start find one another, and nobody else.
 
-torchrun keeps its store of addresses while it restarts processes that died (`--max-restarts`), and PyTorch looks into it under the same names each time
-(pytorch issue 135712): a new process would read the addresses of dead ones, and wait for them until it fails. The number of the restart does not tell
-starts apart, as each machine counts its own. So the main process makes up a name for each start, and gives it to those that are really there.
+torchrun keeps its store of addresses while it restarts processes that died (`--max-restarts`), and PyTorch looks into it under the same names each
+time (pytorch issue 135712): a new process would read the addresses of dead ones, and wait for them until it fails. The number of the restart does not
+tell starts apart, as each machine counts its own. So the main process makes up a name for each start, and gives it to those that are really there.
 """
 
 from __future__ import annotations
