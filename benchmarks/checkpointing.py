@@ -1,6 +1,6 @@
 """How long a checkpoint keeps training waiting, written beside it and in its place: python benchmarks/checkpointing.py [--preset vit-base]
 
-The state is that of a run after its first step: student, teacher, both moments. The files go into a temporary folder (--folder: on the disk of interest).
+The state is that of a run after its first step: student, teacher, both moments. Files go into a temporary folder (--folder: on the disk of interest).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several machines: the launch file of docs/multi-node.md, run as it stands by two torchrun agents on this machine; how processes find one another."""
+"""Several machines: the launch file of docs/multi-node.md, run as it stands by two torchrun agents on this machine, and how processes meet."""
 
 import datetime
 import json

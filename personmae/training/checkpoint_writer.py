@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,10 +119,15 @@ class HostCopy:
                 piece, used = piece + 1, 0
             if piece == len(self._pieces):
                 self._pieces.append(torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8, pin_memory=self._pinned))
+            room = self._pieces[piece].numpy()[used : used + size]
             # By way of numpy the slice is a storage of its own: torch.save writes storages whole.
-            place = torch.from_numpy(self._pieces[piece].numpy()[used : used + size])
-            place.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage), non_blocking=True)
-            places[storage._cdata] = place
+            place = places[storage._cdata] = torch.from_numpy(room)
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            if tensor.is_cuda:
+                place.copy_(source, non_blocking=True)
+            else:
+                # Not with torch's threads, which would wait for one another at each of some hundred tensors.
+                np.copyto(room, source.numpy())
             used += -(-size // ALIGNMENT) * ALIGNMENT
         copied = None
         if on_cuda:
