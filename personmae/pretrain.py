@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from personmae.configs import UserError, parse_flags, to_plain, user_errors_exit
 from personmae.data.image_index import ImageIndex, build_index
@@ -36,11 +35,12 @@ from personmae.training.environment import describe_environment
 from personmae.training.gradients import CaptureChoice, CapturedGradients, Compute, choose_capture, compute_gradients
 from personmae.training.logbook import Logbook, check_run_dir, explained_write
 from personmae.training.optimisers import build_optimiser, peak_learning_rate, update_weights
-from personmae.training.precision import autocast, check_finite, make_deterministic, synchronised
+from personmae.training.parallel import choose_parallel, exchange_gradients, gathered, shard, synchronised, whole_encoder, whole_state
+from personmae.training.precision import autocast, check_finite, make_deterministic
 from personmae.training.pretraining_metrics import pretraining_monitors, step_losses
 from personmae.training.processes import Processes, StopSignal, start_processes
 from personmae.training.quarantine import Quarantine
-from personmae.training.resuming import checkpoint_state, load_to_resume, restore
+from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights
 from personmae.training.schedules import ema_momentum, feature_ramp, learning_rate, num_steps
 from personmae.visuals.reconstructions import reconstruction_picture
 from personmae.visuals.report import write_report
@@ -97,16 +97,20 @@ def main(config: PretrainConfig) -> int:
             model, teacher = build_models(config)
             logbook.announce(f"precision: {precision}; {place_models(model, teacher, config, device, precision)}")
             logbook.announce(compile_blocks(model, teacher, config, device))
-            average = MovingAverage(teacher.encoder, model.encoder) if config.teacher.kind == "ema" else None
-            optimiser = build_optimiser(model, config.optimiser, average)
-            moving_teacher = teacher if average else None
+            logbook.announce(f"parallel: {choose_parallel(config.parallel, processes.world_size, config.optimiser.kind)}")
+            sharded = config.parallel == "fsdp" and processes.world_size > 1
+            moving_teacher = teacher if config.teacher.kind == "ema" else None
             if saved:
-                restore(saved, config.preset, model, moving_teacher, optimiser)
+                restore_weights(saved, config.preset, model, moving_teacher)
+            if sharded:
+                shard(model, teacher)
+            average = MovingAverage(teacher.encoder, model.encoder) if moving_teacher else None
+            optimiser = build_optimiser(model, config.optimiser, average)
+            if saved:
+                restore_moments(saved, config.preset, optimiser)
                 logbook.announce(f"continuing {saved.path} at step {first} of {total}")
                 del saved
-            trained: nn.Module = model
-            if processes.world_size > 1:
-                trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            trained = exchange_gradients(model) if processes.world_size > 1 else model
             capture, gradients = prepare_gradients(trained, teacher, config, device, precision, processes.world_size)
             logbook.announce(f"gradients: {capture}")
 
@@ -159,7 +163,8 @@ def main(config: PretrainConfig) -> int:
                     }
                     if looked_at:
                         latest |= pretraining_monitors(config.model, inputs, features)
-                    pictures_due = processes.is_main and (step % config.picture_every == 0 or step == total)
+                    # What runs a divided model, all processes have to run.
+                    pictures_due = (processes.is_main or sharded) and (step % config.picture_every == 0 or step == total)
                     if pictures_due and features is not None:
                         # What the feature loss is against another image's targets: far above, or it has learned nothing of the image.
                         with torch.no_grad(), autocast(device, precision):
@@ -184,29 +189,33 @@ def main(config: PretrainConfig) -> int:
                         # By the main process's clock.
                         checkpoint_due |= met[0][1]
                     if checkpoint_due:
+                        state = whole_state(checkpoint_state(config, digest, model, moving_teacher, optimiser), processes.is_main)
                         with processes.main_first():
                             if processes.is_main:
-                                writer.save(step, checkpoint_state(config, digest, model, moving_teacher, optimiser))
+                                writer.save(step, state)
                                 if stopped or step == total:
                                     writer.wait()
+                        del state
                     if pictures_due:
-                        with autocast(device, precision):
-                            draw_reconstructions(model, index, pictured, config, device, step)
+                        with gathered(model), autocast(device, precision):
+                            draw_reconstructions(model, index, pictured, config, device, step, save=processes.is_main)
 
+            student = whole_encoder(model.encoder)
+            follower = whole_encoder(teacher.encoder) if isinstance(teacher.encoder, VisionTransformer) and moving_teacher else None
             with processes.main_first():
                 if processes.is_main:
-                    logbook.announce(finish(config, model, teacher, step, total))
+                    logbook.announce(finish(config, student, follower, step, total))
             return step
 
 
-def finish(config: PretrainConfig, model: PersonMAE, teacher: Teacher, step: int, total: int) -> str:
-    """Write the weights and the report; returns the sentence that says how the run ended."""
+def finish(config: PretrainConfig, student: VisionTransformer, teacher: VisionTransformer | None, step: int, total: int) -> str:
+    """Write the weights and the report; returns the sentence that says how the run ended. teacher: None if it did not change."""
     notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step)}
     weights = config.run_dir / "encoder.safetensors"
     with explained_write(config.run_dir):
-        save_encoder(weights, model.encoder, notes)
-        if isinstance(teacher.encoder, VisionTransformer) and config.teacher.kind == "ema":
-            save_encoder(config.run_dir / "teacher.safetensors", teacher.encoder, notes)
+        save_encoder(weights, student, notes)
+        if teacher is not None:
+            save_encoder(config.run_dir / "teacher.safetensors", teacher, notes)
         report = write_report(config.run_dir)
     if step < total:
         return f"stopped at step {step} of {total}; the same command continues from there"
@@ -279,9 +288,9 @@ def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: PersonMAE, index: ImageIndex, chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int
+    model: PersonMAE, index: ImageIndex, chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int, *, save: bool
 ) -> None:
-    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing."""
+    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing. save: False only computes."""
     if config.model.losses == "features":
         return
     size = config.model.encoder.image_size
@@ -310,6 +319,8 @@ def draw_reconstructions(
         title=f"{config.preset}, step {step}",
         target=config.model.target_region,
     )
+    if not save:
+        return
     path = config.run_dir / "pictures" / f"reconstruction_{step:07d}.png"
     with explained_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from personmae.models.zoo import ENCODERS
 from personmae.training.blocks import CompileKind
 from personmae.training.gradients import CaptureKind
 from personmae.training.optimisers import OptimiserConfig
+from personmae.training.parallel import ParallelKind
 from personmae.training.schedules import ScheduleConfig
 
 # Of the command line alone: annotations are not evaluated before it is read, and the presets serve programs without it.
@@ -67,6 +68,7 @@ class PretrainConfig:
     operators: Literal["auto", "reference"] = "auto"  # auto: the Triton kernels on CUDA; reference: plain PyTorch
     compile: CompileKind = "auto"  # the blocks by torch.compile; auto: on CUDA
     cuda_graph: CaptureKind = "auto"  # forward and backward pass launched as one CUDA graph; auto: for small batches of one process
+    parallel: ParallelKind = "ddp"  # fsdp: each process holds a part of weights, moments and teacher (FSDP2), for models that do not fit otherwise
     checkpoint_activations: bool = False  # less memory for more time: activations are dropped, and computed again in the backward pass
     deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
@@ -94,6 +96,7 @@ FREE_SETTINGS = (
     "operators",
     "compile",
     "cuda_graph",
+    "parallel",
     "checkpoint_activations",
     "teacher.fused_gelu",
     "optimiser.kind",

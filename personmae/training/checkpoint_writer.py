@@ -1,7 +1,7 @@
 """Checkpoints written beside the training: the step waits for a copy of the state in host memory, a thread does all the rest.
 
 The thread serialises, hashes, syncs and renames as `save_checkpoint` does, and the file is the same to the byte (but that tensors from a GPU say they
-came from host memory). What it costs is memory: one copy of the state (of ViT-B with its teacher and both moments about 1.6 GiB) in the main process,
+came from host memory). What it costs is memory: one copy of the state (of ViT-B with its teacher and both moments 1.5 GiB) in the main process,
 held from the first checkpoint on. On CUDA it is pinned, so that the device copies into it without making the host wait.
 """
 

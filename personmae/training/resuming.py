@@ -11,6 +11,7 @@ from torch import nn
 
 from personmae.configs import UserError, differences, from_plain, to_plain
 from personmae.training.checkpoints import Checkpoint, load_newest, restore_module, restore_optimiser
+from personmae.training.parallel import divided_moments
 
 
 def checkpoint_state(config: object, digest: str, model: nn.Module, teacher: nn.Module | None, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -59,10 +60,15 @@ def changed_settings(saved: object, config: object, free: Sequence[str]) -> list
     return [line for line in differences(saved, config) if not any(line.startswith((f"{name}:", f"{name}.")) for name in free)]
 
 
-def restore(saved: Checkpoint, preset: str, model: nn.Module, teacher: nn.Module | None, optimiser: torch.optim.Optimizer) -> None:
-    """Load a checkpoint into the parts of the run. preset: of this run, for messages. teacher: None if it does not change."""
+def restore_weights(saved: Checkpoint, preset: str, model: nn.Module, teacher: nn.Module | None) -> None:
+    """Load a checkpoint into the modules of the run. preset: of this run, for messages. teacher: None if it does not change."""
     names = {"source": saved.path, "saved_preset": saved.state["config"]["preset"], "preset": preset}
     restore_module(model, saved.state["model"], part="model", **names)
     if teacher is not None:
         restore_module(teacher, saved.state["teacher"], part="teacher", **names)
-    restore_optimiser(optimiser, saved.state["optimiser"], **names)
+
+
+def restore_moments(saved: Checkpoint, preset: str, optimiser: torch.optim.Optimizer) -> None:
+    """Load a checkpoint into the optimiser of the run."""
+    state = divided_moments(saved.state["optimiser"], optimiser)
+    restore_optimiser(optimiser, state, source=saved.path, saved_preset=saved.state["config"]["preset"], preset=preset)
