@@ -7,15 +7,14 @@ python personmae/pretrain.py vit-nano --data.source CROPS          one process, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from personmae.configs import UserError, differences, from_plain, parse_flags, to_plain, user_errors_exit
+from personmae.configs import UserError, parse_flags, to_plain, user_errors_exit
 from personmae.data.image_index import ImageIndex, build_index, check_source
 from personmae.data.images import UnreadableImage, sample_box
 from personmae.data.kept_index import keep_index, read_kept_index
@@ -29,16 +28,19 @@ from personmae.models.vit import VisionTransformer
 from personmae.models.weights import save_encoder
 from personmae.recipes import FREE_SETTINGS, PretrainConfig, pretrain_presets
 from personmae.training.blocks import choose_compilation, set_blocks
-from personmae.training.checkpoints import Checkpoint, list_checkpoints, load_newest, restore_module, restore_optimiser, save_checkpoint
+from personmae.training.checkpoint_writer import CheckpointWriter
+from personmae.training.checkpoints import list_checkpoints
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import describe_environment
 from personmae.training.gradients import CaptureChoice, CapturedGradients, Compute, choose_capture, compute_gradients
 from personmae.training.logbook import Logbook, check_run_dir, explained_write
 from personmae.training.optimisers import build_optimiser, peak_learning_rate, update_weights
-from personmae.training.precision import autocast, check_finite, make_deterministic, synchronised
+from personmae.training.parallel import choose_parallel, exchange_gradients, gathered, shard, synchronised, whole_encoder, whole_state
+from personmae.training.precision import autocast, check_finite, make_deterministic
 from personmae.training.pretraining_metrics import pretraining_monitors, step_losses
 from personmae.training.processes import Processes, StopSignal, start_processes
 from personmae.training.quarantine import Quarantine
+from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights
 from personmae.training.schedules import ema_momentum, feature_ramp, learning_rate, num_steps
 from personmae.visuals.reconstructions import reconstruction_picture
 from personmae.visuals.report import write_report
@@ -63,10 +65,13 @@ def main(config: PretrainConfig) -> int:
         # What the run is over and where it stands: found by the main process, the same in all.
         index = processes.from_main(lambda: open_index(config))
         digest = index.digest()
+        checkpoints = config.run_dir / "checkpoints"
         with processes.main_first():
             plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions)
             plan.batch(0, 0, processes.world_size * config.accumulation)
-            saved = load_to_resume(config, digest, print if processes.is_main else silence)
+            say = print if processes.is_main else silence
+            allowed = config.resume == "auto"
+            saved = load_to_resume(checkpoints, config, FREE_SETTINGS, digest, config.data.source, say, allowed=allowed)
         first = saved.step if saved else 0
         processes.check_same_step(first)
         total = num_steps(config.schedule, plan.steps_per_epoch)
@@ -92,15 +97,20 @@ def main(config: PretrainConfig) -> int:
             model, teacher = build_models(config)
             logbook.announce(f"precision: {precision}; {place_models(model, teacher, config, device, precision)}")
             logbook.announce(compile_blocks(model, teacher, config, device))
-            average = MovingAverage(teacher.encoder, model.encoder) if config.teacher.kind == "ema" else None
+            logbook.announce(f"parallel: {choose_parallel(config.parallel, processes.world_size, config.optimiser.kind)}")
+            sharded = config.parallel == "fsdp" and processes.world_size > 1
+            moving_teacher = teacher if config.teacher.kind == "ema" else None
+            if saved:
+                restore_weights(saved, config.preset, model, moving_teacher)
+            if sharded:
+                shard(model, teacher)
+            average = MovingAverage(teacher.encoder, model.encoder) if moving_teacher else None
             optimiser = build_optimiser(model, config.optimiser, average)
             if saved:
-                restore(saved, config, model, teacher, optimiser)
+                restore_moments(saved, config.preset, optimiser)
                 logbook.announce(f"continuing {saved.path} at step {first} of {total}")
                 del saved
-            trained: nn.Module = model
-            if processes.world_size > 1:
-                trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            trained = exchange_gradients(model) if processes.world_size > 1 else model
             capture, gradients = prepare_gradients(trained, teacher, config, device, precision, processes.world_size)
             logbook.announce(f"gradients: {capture}")
 
@@ -118,12 +128,12 @@ def main(config: PretrainConfig) -> int:
                 accumulation=config.accumulation,
                 announce=logbook.announce,
             )
-            quarantine = Quarantine(
-                config.run_dir, len(index), config.data.loader.max_bad_ratio, processes.is_main, logbook.announce
-            )
+            max_bad = config.data.loader.max_bad_ratio
+            quarantine = Quarantine(config.run_dir, len(index), max_bad, processes.is_main, logbook.announce, resume_step=first)
+            writer = CheckpointWriter(checkpoints, config.keep_last, logbook.announce)
             step, stopped, told = first, False, 0
             # Signals are caught from here on: before the first step there is nothing to save.
-            with StopSignal(processes) as stop, loader:
+            with StopSignal(processes) as stop, loader, writer:
                 batches = iter(loader)
                 logbook.start_clock(first, loader.wait_seconds)
                 while step < total and not stopped:
@@ -136,6 +146,8 @@ def main(config: PretrainConfig) -> int:
                     for micro in range(config.accumulation):
                         batch = next(batches)
                         inputs = to_inputs(batch, config, device)
+                        if step == first and micro == 0 and trained is not model:
+                            settle_buckets(trained, gradients, inputs)
                         with synchronised(trained, micro + 1 == config.accumulation):
                             output, features = gradients(inputs, ramp)
                         outputs.append(output)
@@ -151,11 +163,14 @@ def main(config: PretrainConfig) -> int:
                     }
                     if looked_at:
                         latest |= pretraining_monitors(config.model, inputs, features)
-                    pictures_due = processes.is_main and (step % config.picture_every == 0 or step == total)
+                    # What runs a divided model, all processes have to run.
+                    pictures_due = (processes.is_main or sharded) and (step % config.picture_every == 0 or step == total)
                     if pictures_due and features is not None:
                         # What the feature loss is against another image's targets: far above, or it has learned nothing of the image.
                         with torch.no_grad(), autocast(device, precision):
                             latest["loss_features_shuffled"] = model(inputs, features.roll(1, 0)).averages[1]
+                    if writer.failed:
+                        stop.ask()
                     stopped = stop.requested()
                     checkpoint_due = step % config.checkpoint_every == 0 or stopped or step == total
                     line = logbook.log(
@@ -167,32 +182,40 @@ def main(config: PretrainConfig) -> int:
                     )
                     if line:
                         check_finite(line, step)
-                        met = processes.all_gather(loader.quarantine[told:])
+                        overdue = 0 < 60 * config.checkpoint_minutes <= writer.seconds_since_save
+                        met = processes.all_gather((loader.quarantine[told:], overdue))
                         told = len(loader.quarantine)
-                        quarantine.add(step, [entry for entries in met for entry in entries])
+                        quarantine.add(step, [entry for entries, _ in met for entry in entries])
+                        # By the main process's clock.
+                        checkpoint_due |= met[0][1]
                     if checkpoint_due:
+                        state = whole_state(checkpoint_state(config, digest, model, moving_teacher, optimiser), processes.is_main)
                         with processes.main_first():
                             if processes.is_main:
-                                state = checkpoint_state(config, digest, model, teacher, optimiser)
-                                save_checkpoint(config.run_dir / "checkpoints", step, state, config.keep_last)
+                                writer.save(step, state)
+                                if stopped or step == total:
+                                    writer.wait()
+                        del state
                     if pictures_due:
-                        with autocast(device, precision):
-                            draw_reconstructions(model, index, pictured, config, device, step)
+                        with gathered(model), autocast(device, precision):
+                            draw_reconstructions(model, index, pictured, config, device, step, save=processes.is_main)
 
+            student = whole_encoder(model.encoder)
+            follower = whole_encoder(teacher.encoder) if isinstance(teacher.encoder, VisionTransformer) and moving_teacher else None
             with processes.main_first():
                 if processes.is_main:
-                    logbook.announce(finish(config, model, teacher, step, total))
+                    logbook.announce(finish(config, student, follower, step, total))
             return step
 
 
-def finish(config: PretrainConfig, model: PersonMAE, teacher: Teacher, step: int, total: int) -> str:
-    """Write the weights and the report; returns the sentence that says how the run ended."""
+def finish(config: PretrainConfig, student: VisionTransformer, teacher: VisionTransformer | None, step: int, total: int) -> str:
+    """Write the weights and the report; returns the sentence that says how the run ended. teacher: None if it did not change."""
     notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step)}
     weights = config.run_dir / "encoder.safetensors"
     with explained_write(config.run_dir):
-        save_encoder(weights, model.encoder, notes)
-        if isinstance(teacher.encoder, VisionTransformer) and config.teacher.kind == "ema":
-            save_encoder(config.run_dir / "teacher.safetensors", teacher.encoder, notes)
+        save_encoder(weights, student, notes)
+        if teacher is not None:
+            save_encoder(config.run_dir / "teacher.safetensors", teacher, notes)
         report = write_report(config.run_dir)
     if step < total:
         return f"stopped at step {step} of {total}; the same command continues from there"
@@ -236,6 +259,15 @@ def prepare_gradients(
     return choice, CapturedGradients(compute, trained.parameters(), required=config.cuda_graph == "yes") if choice.captured else compute
 
 
+def settle_buckets(trained: nn.Module, gradients: Compute, inputs: RegionInputs) -> None:
+    """A backward pass for nothing, after which DistributedDataParallel has put its gradients into their final order.
+
+    Between more than two processes the order of a sum's terms depends on it: without, the first step after a resume would differ in the last bits.
+    """
+    gradients(inputs, 1.0)
+    trained.zero_grad(set_to_none=True)
+
+
 def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) -> RegionInputs:
     """A loader's batch with its masks, on the device; where the target is region A, in region B's place too."""
     seeds = sample_seeds(config.seed, batch.epoch, batch.samples.numpy(), Stream.MASK)
@@ -256,9 +288,9 @@ def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: PersonMAE, index: ImageIndex, chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int
+    model: PersonMAE, index: ImageIndex, chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int, *, save: bool
 ) -> None:
-    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing."""
+    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing. save: False only computes."""
     if config.model.losses == "features":
         return
     size = config.model.encoder.image_size
@@ -287,23 +319,12 @@ def draw_reconstructions(
         title=f"{config.preset}, step {step}",
         target=config.model.target_region,
     )
+    if not save:
+        return
     path = config.run_dir / "pictures" / f"reconstruction_{step:07d}.png"
     with explained_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-
-
-def checkpoint_state(
-    config: PretrainConfig, digest: str, model: PersonMAE, teacher: Teacher, optimiser: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """What a checkpoint holds. digest: of the run's index. Order, boxes, flips and masks need no state: they follow from the seed and the step."""
-    return {
-        "config": to_plain(config),
-        "index": digest,
-        "model": model.state_dict(),
-        "teacher": teacher.state_dict() if config.teacher.kind == "ema" else None,
-        "optimiser": optimiser.state_dict(),
-    }
 
 
 def open_index(config: PretrainConfig) -> ImageIndex:
@@ -325,52 +346,6 @@ def open_index(config: PretrainConfig) -> ImageIndex:
     if not goes_on:
         keep_index(config.data.source, index, kept)
     return index
-
-
-def load_to_resume(config: PretrainConfig, digest: str, say: Callable[[str], object]) -> Checkpoint | None:
-    """The newest good checkpoint of the run folder, checked against this run; None to start from nothing.
-
-    Every process reads the same file. Raises UserError if it is of other settings or other images, or if the folder
-    holds checkpoints and the run was told not to continue.
-    """
-    folder = config.run_dir / "checkpoints"
-    saved = load_newest(folder, say)
-    if saved is None:
-        return None
-    if config.resume == "never":
-        raise UserError(f"{folder} holds checkpoints and --resume is never; choose another --run-dir, or remove it")
-    changed = changed_settings(from_plain(PretrainConfig, saved.state["config"]), config)
-    if changed:
-        raise UserError(
-            f"{saved.path} is of a run with other settings ({'; '.join(changed[:5])}); "
-            "choose another --run-dir, or give the settings of that one"
-        )
-    if saved.state["index"] != digest:
-        raise UserError(
-            f"{saved.path} was trained on other images than {config.data.source} holds now; "
-            "choose another --run-dir, or restore the images"
-        )
-    return saved
-
-
-def changed_settings(saved: PretrainConfig, config: PretrainConfig) -> list[str]:
-    """The settings that make it another run, one line each."""
-    return [
-        line
-        for line in differences(saved, config)
-        if not any(line.startswith((f"{name}:", f"{name}.")) for name in FREE_SETTINGS)
-    ]
-
-
-def restore(
-    saved: Checkpoint, config: PretrainConfig, model: PersonMAE, teacher: Teacher, optimiser: torch.optim.Optimizer
-) -> None:
-    """Load a checkpoint into the parts of the run."""
-    names = {"source": saved.path, "saved_preset": saved.state["config"]["preset"], "preset": config.preset}
-    restore_module(model, saved.state["model"], part="model", **names)
-    if config.teacher.kind == "ema":
-        restore_module(teacher, saved.state["teacher"], part="teacher", **names)
-    restore_optimiser(optimiser, saved.state["optimiser"], **names)
 
 
 def describe_run(config: PretrainConfig, index: ImageIndex, total: int, processes: Processes) -> dict[str, Any]:

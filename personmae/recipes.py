@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from personmae.models.zoo import ENCODERS
 from personmae.training.blocks import CompileKind
 from personmae.training.gradients import CaptureKind
 from personmae.training.optimisers import OptimiserConfig
+from personmae.training.parallel import ParallelKind
 from personmae.training.schedules import ScheduleConfig
 
 # Of the command line alone: annotations are not evaluated before it is read, and the presets serve programs without it.
@@ -77,16 +79,20 @@ class PretrainConfig:
     operators: Literal["auto", "reference"] = "auto"  # auto: the Triton kernels on CUDA; reference: plain PyTorch
     compile: CompileKind = "auto"  # the blocks by torch.compile; auto: on CUDA
     cuda_graph: CaptureKind = "auto"  # forward and backward pass launched as one CUDA graph; auto: for small batches of one process
+    parallel: ParallelKind = "ddp"  # fsdp: each process holds a part of weights, moments and teacher (FSDP2), for models that do not fit otherwise
     checkpoint_activations: bool = False  # less memory for more time: activations are dropped, and computed again in the backward pass
     deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest good checkpoint in the run folder, if there is one
     log_every: int = 20  # steps
     picture_every: int = 2000  # steps between reconstruction pictures
-    checkpoint_every: int = 1000  # steps
+    checkpoint_every: int = 1000  # steps between checkpoints, which are written beside the training, from a copy of the state in host memory
+    checkpoint_minutes: float = 15.0  # also after so many minutes without one, with the next line of the log; 0: by steps alone
     keep_last: int = 3  # checkpoints
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "accumulation", "log_every", "picture_every", "checkpoint_every", "keep_last")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be a number of minutes, or 0")
 
 
 # Settings of a pre-training run that may change when a run is continued: they change where and how fast it runs, not what it computes.
@@ -102,6 +108,7 @@ FREE_SETTINGS = (
     "operators",
     "compile",
     "cuda_graph",
+    "parallel",
     "checkpoint_activations",
     "teacher.fused_gelu",
     "optimiser.kind",
@@ -110,6 +117,7 @@ FREE_SETTINGS = (
     "log_every",
     "picture_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_last",
 )
 

@@ -101,6 +101,15 @@ def stop_together(processes):
                 return {"step": step, "received": stop.received is not None}
 
 
+def stop_asked_for(processes):
+    with StopSignal(processes) as stop:
+        for step in range(1, 1000):
+            if step == 5 and processes.is_main:
+                stop.ask()
+            if stop.requested():
+                return step
+
+
 def no_stop(processes):
     with StopSignal(processes) as stop:
         return [stop.requested() for _ in range(7)]
@@ -131,7 +140,8 @@ for name in sys.argv[2:]:
     codes[name] = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in children]
 (folder / "codes").write_text(json.dumps(codes))
 """
-NAMES = ["collectives", "main_goes_first", "users_mistake_in_main", "bug_in_main", "error_in_another", "death_of_main", "stop_together", "no_stop"]
+NAMES = ["collectives", "main_goes_first", "users_mistake_in_main", "bug_in_main", "error_in_another", "death_of_main", "stop_together"]
+NAMES += ["stop_asked_for", "no_stop"]
 
 
 def child_environment() -> dict[str, str]:
@@ -201,6 +211,10 @@ def test_all_stop_after_the_same_step(seen: dict[str, list[Any]]) -> None:
     first, second = (result["value"] for result in seen["stop_together"])
     assert first["step"] == second["step"] == 21
     assert (first["received"], second["received"]) == (False, True)
+
+
+def test_the_program_itself_may_ask_all_to_stop(seen: dict[str, list[Any]]) -> None:
+    assert seen["stop_asked_for"] == [{"value": 6}] * 2
 
 
 def test_a_run_that_is_not_stopped_ends_cleanly(seen: dict[str, list[Any]]) -> None:

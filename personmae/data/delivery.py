@@ -6,10 +6,11 @@ import math
 import os
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +25,12 @@ from personmae.configs import UserError
 from personmae.data.image_index import ImageIndex
 from personmae.data.images import UnreadableImage
 from personmae.data.plan import BatchPlan, Plan
+from personmae.data.thread_pool import ThreadPool
 
 # An unreadable sample has this many replacements; if all are unreadable too, the storage is gone rather than a file.
 MAX_REPLACEMENTS = 8
+# A batch that takes longer than this is spoken of: reads that hang (a network disk that is gone for a while) are waited for.
+SLOW_SECONDS = 60.0
 
 Content = TypeVar("Content")
 
@@ -210,9 +214,9 @@ class Loader(ABC):
         self._bad_samples: set[int] = set()
         self._batches = self._prepare()
         # One thread drives; each task of it makes one batch, so at most `prefetch` batches lie ready and nothing ever blocks for good.
-        self._driver = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._driver = ThreadPool(1, "loader")
         self._ahead: deque[Future[Prepared | None]] = deque()
-        self._closed = False
+        self._closed = self._left_behind = False
         self._closing = threading.Lock()
 
     @abstractmethod
@@ -232,7 +236,7 @@ class Loader(ABC):
             raise StopIteration
         started = time.perf_counter()
         try:
-            prepared = self._ahead.popleft().result()
+            prepared = self._wait(self._ahead.popleft())
         except CancelledError:
             # Closed by another thread while this one waited.
             raise StopIteration from None
@@ -252,14 +256,30 @@ class Loader(ABC):
         self.close()
 
     def close(self) -> None:
-        """Stops the threads and frees what they hold, at any time and from any thread, as often as you like. Delivered batches stay valid."""
+        """Stops the threads and frees what they hold, at any time and from any thread, as often as you like. Delivered batches stay valid.
+
+        A thread whose read does not return is left behind after some seconds, with a warning.
+        """
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._driver.shutdown(wait=True, cancel_futures=True)
-        # The driving thread is gone, so the generator is idle and its clean-up can run here.
-        self._batches.close()  # type: ignore[attr-defined]
+        if self._driver.close():
+            # The driving thread is gone, so the generator is idle and its clean-up can run here.
+            self._batches.close()  # type: ignore[attr-defined]
+        else:
+            self._left_behind = True
+
+    def _wait(self, future: Future[Prepared | None]) -> Prepared | None:
+        """What a task gives. Raises CancelledError if the loader is closed meanwhile."""
+        waited = 0.0
+        while not wait([future], timeout=1.0).done:
+            waited += 1.0
+            if self._left_behind:
+                raise CancelledError
+            if waited == SLOW_SECONDS:
+                warnings.warn(f"training has waited for images for {SLOW_SECONDS:g} s, and waits on: does the storage still answer?", stacklevel=3)
+        return future.result()
 
     def _top_up(self) -> None:
         with self._closing:

@@ -12,11 +12,11 @@ On a GPU nothing of this has been run yet by the authors.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from personmae.data.image_index import ImageIndex
 from personmae.data.images import ANTIALIAS_FROM, ERASED_COLOUR, UInt8Array, blur_windows, decode
 from personmae.data.loader_threads import RowPainter
 from personmae.data.plan import BatchPlan, Plan
+from personmae.data.thread_pool import ThreadPool
 
 # So many batches in a row that DALI fails on are no longer about the images.
 _MAX_FAILURES_IN_A_ROW = 3
@@ -87,7 +88,7 @@ class DaliLoader(Loader):
             return
         self._parts = itertools.chain([first], self._parts)
         failures_in_a_row = 0
-        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="files") as readers:
+        with contextlib.closing(ThreadPool(self._num_threads, "files")) as readers:
             pipeline = None
             while True:
                 if pipeline is None:
@@ -118,7 +119,7 @@ class DaliLoader(Loader):
                     self._again, self._outstanding = deque([*self._outstanding, *self._again]), deque()
                     yield self._make_on_host(fed.part)
 
-    def _build(self, readers: ThreadPoolExecutor, batch_size: int) -> Any:
+    def _build(self, readers: ThreadPool, batch_size: int) -> Any:
         def feed() -> list[Any]:
             # At the end `next` raises StopIteration, which DALI passes on after the batches it still holds.
             fed = self._again.popleft() if self._again else self._read(next(self._parts), readers)
@@ -141,7 +142,7 @@ class DaliLoader(Loader):
         pipeline.build()
         return pipeline
 
-    def _read(self, part: PartPlan, readers: ThreadPoolExecutor) -> _Fed:
+    def _read(self, part: PartPlan, readers: ThreadPool) -> _Fed:
         def read_some(planned: npt.NDArray[np.int64]) -> list[tuple[int, UInt8Array, list[Failure]]]:
             epoch = part.plan.epoch
             fetched = (fetch_or_replace(self._content, self._plan, epoch, int(sample), self._config) for sample in planned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import cv2
@@ -27,6 +27,7 @@ from personmae.data.delivery import (
 from personmae.data.image_index import ImageIndex
 from personmae.data.images import UInt8Array, recolour, sample_box
 from personmae.data.plan import BatchPlan, Plan
+from personmae.data.thread_pool import ThreadPool
 
 # Short tasks spread a batch evenly; much shorter ones would cost more than they give.
 _SAMPLES_PER_TASK = 8
@@ -70,7 +71,7 @@ class ThreadLoader(Loader):
         previous = cv2.getNumThreads()
         # OpenCV's own threads would fight with ours over the cores.
         cv2.setNumThreads(0)
-        pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="images")
+        pool = ThreadPool(self._num_threads, "images")
         try:
             started: deque[_Started] = deque()
             for part in self._parts:
@@ -80,10 +81,10 @@ class ThreadLoader(Loader):
             while started:
                 yield self._finish(started.popleft())
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
             cv2.setNumThreads(previous)
 
-    def _start(self, pool: ThreadPoolExecutor, part: PartPlan) -> _Started:
+    def _start(self, pool: ThreadPool, part: PartPlan) -> _Started:
         shape = (2, len(part.plan), *self._size, 3)
         regions = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = regions.numpy()

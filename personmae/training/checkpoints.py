@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], keep_l
         raise ValueError(f"keep_last is {keep_last}; a run has to keep at least 1 checkpoint")
     if step < 0:
         raise ValueError(f"step is {step}; it counts the optimiser steps done, from 0")
-    content = {"format": "personmae", "version": FORMAT_VERSION, "step": step, "state": _to_plain(state, "state")}
+    content = {"format": "personmae", "version": FORMAT_VERSION, "step": step, "state": plain_state(state)}
     path = folder / f"step_{step:07d}.pt"
     partial = folder / (path.name + PARTIAL_SUFFIX)
     try:
@@ -204,6 +204,14 @@ def _explain_mismatch(source: Path, part: str, difference: str, saved_preset: st
         f"the checkpoint {source} does not fit this run, though both are of preset {preset} ({part}: {difference}); "
         "go on with the options that it was started with, or choose another run folder"
     )
+
+
+def plain_state(state: Mapping[str, object]) -> Any:
+    """What `save_checkpoint` saves of a state: dicts, lists and tuples of detached tensors, none a view of a larger one, and plain values.
+
+    Raises TypeError naming the place of a value of another kind.
+    """
+    return _to_plain(state, "state")
 
 
 def _to_plain(value: object, place: str) -> object:

@@ -297,7 +297,7 @@ def write_whole(path: Path, content: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with explained_write(path):
         try:
-            with open(partial, "w", encoding="utf-8") as file:
+            with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

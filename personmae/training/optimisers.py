@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from personmae.configs import UserError
 from personmae.training.ema import MovingAverage
@@ -215,4 +216,5 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:  # -> [] float32, the norm before clipping, on the device
     """Scale all gradients so that their common norm is at most `max_norm`; no synchronisation with the host."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

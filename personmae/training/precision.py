@@ -1,16 +1,14 @@
-"""How a step is run: its number format, whether it is equal to the bit, and when gradients are exchanged."""
+"""How a step is run: its number format, and whether it is equal to the bit."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from personmae.configs import UserError
 
@@ -18,13 +16,6 @@ from personmae.configs import UserError
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged between processes in the last micro-batch of a step alone."""
-    with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-        yield
 
 
 def make_deterministic(device: torch.device) -> None:

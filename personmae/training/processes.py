@@ -23,8 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from personmae.configs import ToldElsewhere, UserError
+from personmae.training.rendezvous import join_store
 
 Value = TypeVar("Value")
+# In which all processes must have come up.
+JOIN_LIMIT = datetime.timedelta(minutes=30)
 CONTROL_LIMIT = datetime.timedelta(hours=24)
 # A launcher may hand a Ctrl-C on to a process that the terminal has interrupted already: two within this time are one.
 SAME_INTERRUPT_SECONDS = 1.0
@@ -166,18 +169,24 @@ class StopSignal:
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.received: signal.Signals | None = None
+        self._asked = False
         self._first_time = 0.0
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._exchange: dist.Work | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    def ask(self) -> None:
+        """Stop all processes, as a signal would."""
+        self._asked = True
+
     def requested(self) -> bool:
         """Whether any process was asked to stop, the same answer in every process; call it once per step in each."""
+        wanted = self._asked or self.received is not None
         if self.processes.control is None:
-            return self.received is not None
+            return wanted
         if self._finish_exchange():
             return True
-        self._flag[0] = int(self.received is not None)
+        self._flag[0] = int(wanted)
         self._exchange = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self.processes.control, async_op=True)
         return False
 
@@ -237,7 +246,9 @@ def start_processes(device: str = "auto") -> Processes:
     if chosen.type == "cpu":
         torch.set_num_threads(threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("OMP_NUM_THREADS")))
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
+    store = join_store(rank, world_size, JOIN_LIMIT)
+    device_id = chosen if chosen.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     control = dist.new_group(backend="gloo", timeout=CONTROL_LIMIT)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Processes(

@@ -7,21 +7,28 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from personmae.configs import UserError
-from personmae.training.logbook import explained_write
+from personmae.training.logbook import explained_write, write_whole
 
 
 class Quarantine:
     """Keeps run_dir/quarantine.tsv (step, path, reason) and the count. Every process counts alike; the main one writes and speaks."""
 
-    def __init__(self, run_dir: Path, num_images: int, max_bad_ratio: float, is_main: bool, announce: Callable[[str], object]) -> None:
-        """num_images: of the whole set. max_bad_ratio: the run stops when more than this share of them has gone bad."""
+    def __init__(
+        self, run_dir: Path, num_images: int, max_bad_ratio: float, is_main: bool, announce: Callable[[str], object], *, resume_step: int = 0
+    ) -> None:
+        """num_images: of the whole set. max_bad_ratio: the run stops when more than this share of them has gone bad. resume_step: steps done before;
+        what an interrupted run met later is dropped from the list, as it will be met again."""
         self.file = run_dir / "quarantine.tsv"
         self._num_images, self._max_bad_ratio = num_images, max_bad_ratio
         self._is_main, self._announce = is_main, announce
         self._paths: set[str] = set()
         if self.file.exists():
-            lines = self.file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            self._paths = {line.split("\t")[1] for line in lines if line.count("\t") >= 2}
+            # Not splitlines, which would end a line at other characters of a path too.
+            lines = self.file.read_bytes().decode(errors="surrogateescape").removesuffix("\n").split("\n")
+            kept = [line for line in lines if line.count("\t") >= 2 and line.split("\t")[0].isdecimal() and int(line.split("\t")[0]) <= resume_step]
+            self._paths = {line.split("\t")[1] for line in kept}
+            if is_main and kept != lines:
+                write_whole(self.file, "".join(line + "\n" for line in kept))
 
     def __len__(self) -> int:
         return len(self._paths)
