@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import personmae
 from personmae.configs import UserError, user_errors_exit
 
 COMMANDS = {
@@ -24,12 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return
+    if words[0] == "--version":
+        print(f"personmae {personmae.__version__}")
+        return
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
         raise SystemExit(2)
-    with user_errors_exit():
-        _run(command, rest)
+    try:
+        with user_errors_exit():
+            _run(command, rest)
+    except BrokenPipeError:
+        # The reader of the output (as `| head`) has seen enough; nothing can be told any more, not even at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def usage() -> str:
@@ -39,10 +50,17 @@ def usage() -> str:
     return "\n".join(["usage: personmae COMMAND [flags]", "", *lines, "", "personmae COMMAND --help lists its flags"])
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    # Each command's modules are imported when it is called: --help must not wait for torch.
+def _parse(config: Any, program: str, module: Any, arguments: list[str]) -> Any:
+    """A config from flags; the module's docstring, its examples a line each, is the description."""
     import tyro
 
+    # tyro joins the lines of a paragraph.
+    description = "\n\n".join(line for line in (module.__doc__ or "").splitlines() if line.strip())
+    return tyro.cli(config, prog=program, description=description, args=arguments)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    # Each command's modules are imported when it is called: --help must not wait for torch.
     program = f"personmae {command}"
     if command == "pretrain":
         from personmae import pretrain
@@ -52,45 +70,45 @@ def _run(command: str, arguments: list[str]) -> None:
         from personmae import demo
         from personmae.recipes import DemoConfig
 
-        demo.main(tyro.cli(DemoConfig, prog=program, description=demo.__doc__, args=arguments))
+        demo.main(_parse(DemoConfig, program, demo, arguments))
     elif command == "evaluate":
         from personmae.recipes import RetrievalConfig
         from personmae.tasks import retrieval
 
-        retrieval.main(tyro.cli(RetrievalConfig, prog=program, description=retrieval.__doc__, args=arguments))
+        retrieval.main(_parse(RetrievalConfig, program, retrieval, arguments))
     elif command == "data":
         _run_data(arguments)
     elif command == "pack":
         from personmae.recipes import PackConfig
         from personmae.tasks import packing
 
-        packing.main(tyro.cli(PackConfig, prog=program, description=packing.__doc__, args=arguments))
+        packing.main(_parse(PackConfig, program, packing, arguments))
     elif command == "crop":
         from personmae.recipes import CropConfig
         from personmae.tasks import cropping
 
-        cropping.main(tyro.cli(CropConfig, prog=program, description=cropping.__doc__, args=arguments))
+        cropping.main(_parse(CropConfig, program, cropping, arguments))
     else:
         from personmae.recipes import DrawConfig
         from personmae.tasks import drawing
 
-        drawing.main(tyro.cli(DrawConfig, prog=program, description=drawing.__doc__, args=arguments))
+        drawing.main(_parse(DrawConfig, program, drawing, arguments))
 
 
 def _run_data(arguments: list[str]) -> None:
-    import tyro
-
     what, rest = arguments[:1], arguments[1:]
     if what == ["names"]:
         from personmae.data.reid import REID_SETS
 
         width = max(map(len, REID_SETS))
         print("\n".join(f"{name:{width}}  {description}" for name, description in REID_SETS.items()))
+        print("\n`data check` also takes luperson (no query, no gallery) and auto (finds out which set it is).")
     elif what == ["check"]:
         from personmae.recipes import DataCheckConfig
         from personmae.tasks import data_check
 
-        config = tyro.cli(DataCheckConfig, prog="personmae data check", description=data_check.__doc__, args=rest)
-        raise SystemExit(data_check.main(config))
+        raise SystemExit(data_check.main(_parse(DataCheckConfig, "personmae data check", data_check, rest)))
+    elif what and what[0] in ("-h", "--help"):
+        print("usage: personmae data check SET FOLDER [flags]\n       personmae data names")
     else:
         raise UserError(f"data {' '.join(what) or 'alone'} is no command; there are: data check SET FOLDER, data names")

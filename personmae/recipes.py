@@ -128,8 +128,9 @@ class RetrievalConfig:
 
     checkpoint: tuple[Path, ...] = ()  # run folders, or encoder.safetensors files
     data: tuple[str, ...] = ()  # sets: NAME=FOLDER as market1501=/data/market (names: `personmae data names`), or a folder or CSV alone
-    features: tuple[Path, ...] = ()  # instead of both: .npz, .mat or .pt files with features and labels of queries and gallery
-    convention: Annotated[str, tyro.conf.arg(name="as")] = "standard"  # whose rules: transreid, fast-reid, torchreid, cluster-contrast, ...
+    features: tuple[Path, ...] = ()  # instead of both: .npz, .mat or .pt files; keys: query_features, query_people, query_cameras, and gallery_...
+    # whose rules: standard, transreid, fast-reid, torchreid, cluster-contrast, market-matlab, layumi
+    convention: Annotated[str, tyro.conf.arg(name="as")] = "standard"
     metric: Literal["auto", "cosine", "euclidean"] = "auto"  # auto: that of the rules
     flip: bool = False  # take in the features of the mirror images, by the rules
     rerank: Literal["no", "own", "classic", "fast-reid"] = "no"  # k-reciprocal re-ranking; own: with the parameters of the rules
@@ -158,7 +159,13 @@ class RetrievalConfig:
         if self.features and (self.checkpoint or self.data):
             raise UserError("features hold the labels of their set: give either --features, or --checkpoint with --data")
         if not self.features and not (self.checkpoint and self.data):
-            raise UserError("give --checkpoint RUN --data SET, or --features FILE")
+            missing = "--data SET" if self.checkpoint else "--checkpoint RUN" if self.data else "--checkpoint RUN --data SET, or --features FILE"
+            raise UserError(f"nothing to evaluate: give {missing}")
+        of_images = {"flip": self.flip, "page": self.page, "attention": self.attention, "unlabelled": self.unlabelled is not None}
+        if self.features and any(of_images.values()):
+            raise UserError(f"--{next(name for name, given in of_images.items() if given)} works on images, and --features has none")
+        if self.attention and not self.page:
+            raise UserError("--attention is shown on the page of ranked lists; give --page too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +210,7 @@ class CropConfig:
     mot_flavour: MotFlavour = "auto"  # what follows the confidence: gt class and visibility, det nothing of use; auto: gt if there are 9 columns
     origin: Literal[0, 1] | None = None  # of pixel coordinates; by default 1 in MOT, as its kit says, 0 elsewhere; many trackers write MOT with 0
     relative: bool = False  # boxes are in shares of the frame's width and height instead of pixels
-    frame_offset: int = 0  # added to the boxes' frame numbers; a video's first frame is 1 with MOT boxes and 0 with others
+    frame_offset: int | None = None  # added to the boxes' frame numbers; a video's first frame is 1 with MOT boxes and 0 with others
     frame_pattern: str | None = None  # its one group finds a frame's number in an image's name: 'frame_(\d+)'; by default the number that varies
     rules: Annotated[CropRules, tyro.conf.OmitArgPrefixes] = CropRules()
     layout: CropLayout = "unlabelled"  # unlabelled: SEQUENCE/FRAME_BOX; market-*: Market-1501's folders and names, for boxes with ids

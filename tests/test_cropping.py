@@ -95,6 +95,15 @@ def test_mot_counts_from_one(crop):
     assert (row["id"], row["person"], row["x"], row["class"], row["visibility"]) == ("7", "7", "0", "1|person", "1")
 
 
+def test_mot_boxes_of_images_that_begin_with_0_are_not_guessed(crop, tmp_path):
+    frames = write_frames(tmp_path / "zero", range(3))
+    text = "1,7,1,1,40,64,1,1,1\n"
+    with pytest.raises(UserError, match=r"counts frames from 1.*begin with 0.*--frame-offset -1"):
+        crop(text, place=frames)
+    assert np.array_equal(read_image(crop(text, place=frames, frame_offset=-1, out="a") / "zero/000000_00.png"), frame_pixels(0)[:64, :40])
+    assert np.array_equal(read_image(crop(text, place=frames, frame_offset=0, out="b") / "zero/000001_00.png"), frame_pixels(1)[:64, :40])
+
+
 rectangles = st.tuples(st.integers(-60, 200), st.integers(-60, 200), st.integers(1, 150), st.integers(1, 150)).map(
     lambda box: (box[0], box[1], box[0] + box[2], box[1] + box[3])
 )

@@ -98,6 +98,15 @@ def test_shared_people(tmp_path):
     assert "wrong  1 people are in train and in query or gallery, as 7" in said
 
 
+def test_person_0_is_a_distractor_unless_it_is_asked_for(tmp_path):
+    root = draw(market(tmp_path / "a"), "bounding_box_train/0000_c3s1_000009_00.jpg", "bounding_box_test/0000_c4s1_000009_00.jpg", first_seed=90)
+    assert "no person is in train and in query or gallery" in check("market-layout", root)[1]
+    draw(root, "query/0000_c5s1_000009_00.jpg", first_seed=95)
+    status, said = check("market-layout", root)
+    assert status == 1
+    assert "1 people are in train and in query or gallery, as 0" in said
+
+
 def test_queries_in_the_gallery(tmp_path):
     root = market(tmp_path)
     query = root / "query" / "0001_c1s1_000001_00.jpg"

@@ -53,6 +53,20 @@ def test_evaluate_takes_a_run_or_a_file(demo, capsys):
     assert len(of_run) == 4
 
 
+def test_other_rules_and_a_page_elsewhere_take_nothing_from_the_report(demo, tmp_path):
+    run = demo / "run-seed0"
+    before = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    flags = ["--as", "layumi", "--no-compare", "--page", "--output", str(tmp_path / "out")]
+    cli.main(["evaluate", "--checkpoint", str(run), "--data", str(demo / "mannequins"), *flags])
+    after = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert after[1:] == before
+    assert (after[0]["rules"], after[0]["page"]) == ("layumi, cosine", None)
+    assert len(list((tmp_path / "out").rglob("index.html"))) == 1
+    report = (run / "report.html").read_text()
+    assert "rules: layumi, cosine" in report
+    assert "rules: standard, cosine" in report
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -81,6 +95,22 @@ def test_a_folder_that_is_no_set_or_no_run_is_named(demo, tmp_path, capsys):
             cli.main(["evaluate", "--checkpoint", str(checkpoint), "--data", str(data)])
         assert exit_.value.code == 2
         assert str(crops) in capsys.readouterr().err
+
+
+def test_version_and_help_of_data(capsys):
+    cli.main(["--version"])
+    cli.main(["data", "--help"])
+    cli.main(["data", "names"])
+    out = capsys.readouterr().out
+    assert out.startswith("personmae ")
+    assert "data check SET FOLDER" in out
+    assert "market1501 " in out
+
+
+def test_a_reader_that_has_seen_enough_gives_no_traceback():
+    command = f"{sys.executable} -m personmae data names | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
 
 
 def test_help_needs_no_torch():

@@ -89,11 +89,14 @@ def test_repacked(tmp_path, monkeypatch):
     assert labels(found.train) == [(0, 15), (0, 1), (1, 15), (1, 1)]
     assert labels(found.gallery) == [(1041, 11), (1042, 12)]
     assert any("repacked" in note for note in found.notes)
+    # Neither of the two: `data check` tells how many are missing.
+    assert len(open_reid_set("msmt17", tmp_path).train) == 4
+    monkeypatch.setattr(reader, "NUM_TRAIN_AND_VAL_IMAGES", 4)
     with pytest.raises(UserError, match=r"4 images: train and val in one; name it msmt17-trainval"):
         open_reid_set("msmt17", tmp_path)
     monkeypatch.setattr(reader, "NUM_TRAIN_IMAGES", 4)
     assert len(open_reid_set("msmt17", root).train) == 4
-    with pytest.raises(UserError, match=r"train alone \(4 images\); name it msmt17$"):
+    with pytest.raises(UserError, match=r"4 images: train alone; name it msmt17$"):
         open_reid_set("msmt17-trainval", root)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from personmae.data.reid import read_market_layout
 from personmae.evaluation import features
 from personmae.evaluation.conventions import CONVENTIONS
 from personmae.evaluation.feature_files import FeatureFile, write_feature_file
-from personmae.evaluation.protocol import evaluate_features, labels_of_set
+from personmae.evaluation.inputs import labels_of_set
+from personmae.evaluation.protocol import evaluate_features
+from personmae.evaluation.ranking import Labels
 from personmae.models.vit import VisionTransformer, VitConfig, initialise
 from personmae.models.weights import save_encoder
 from personmae.recipes import RetrievalConfig
@@ -78,7 +82,7 @@ def test_several_checkpoints_and_sets_in_one_call(drawn, tmp_path):
             assert Path(table[0]["query"]).is_file()
             assert (found / "ranked_lists" / "index.html").is_file()
     table = (tmp_path / "out" / "table.txt").read_text()
-    assert "encoder1.safetensors: mean" in table
+    assert "encoder1: mean" in table
     assert table.strip() in "\n".join(said)
     with (tmp_path / "out" / "scores.csv").open() as file:
         listed = list(csv.DictReader(file))
@@ -155,19 +159,26 @@ def test_a_second_evaluation_reads_the_features_that_were_kept(drawn, tmp_path, 
 
 
 def test_all_splits_and_their_mean(drawn, tmp_path):
-    folder, _, _ = drawn
+    folder, one, _ = drawn
     generator = np.random.default_rng(0)
     for camera in ("cam_a", "cam_b"):
         (tmp_path / "VIPeR" / camera).mkdir(parents=True)
         for person in range(632):
             Image.fromarray(generator.integers(0, 256, (16, 8, 3), dtype=np.uint8)).save(tmp_path / "VIPeR" / camera / f"{person:03d}_0.bmp")
     said: list[str] = []
-    settings = config(checkpoint=(folder / "encoder0.safetensors",), data=(f"viper={tmp_path}",), split="all", num_resamples=0)
+    settings = config(checkpoint=(folder / "encoder0.safetensors",), data=(f"viper={tmp_path}", str(one)), split="all", num_resamples=0)
     rows = retrieval.main(settings, said.append)
-    assert len(rows) == 20 * 2
-    assert len({row["set"] for row in rows}) == 20
-    mean = np.mean([row["mAP"] for row in rows if row["feature"] == "mean"])
+    means = [row for row in rows if "mean of" in row["set"]]
+    rows = [row for row in rows if "mean of" not in row["set"]]
+    # Another set in the call has no part in the mean; a set found out has all its splits.
+    assert len(rows) == 20 * 2 + 2
+    assert len({row["set"] for row in rows}) == 21
+    assert [row["set"] for row in means] == ["viper, mean of 20 splits"] * 2
+    mean = np.mean([row["mAP"] for row in rows if row["feature"] == "mean" and row["folder"] == "viper"])
+    assert means[1]["mAP"] == pytest.approx(mean)
     assert any(f"mean of 20 splits: mAP {mean:.2%}" in line for line in said)
+    found = retrieval.main(config(**{**vars(settings), "data": (str(tmp_path / "VIPeR"),)}), said.append)
+    assert sum("mean of" not in row["set"] for row in found) == 20 * 2
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,10 @@ def test_all_splits_and_their_mean(drawn, tmp_path):
         ({"num_resamples": 1, "features": (Path("x"),)}, "num_resamples is 1"),
         ({"features": (Path("x.npz"),), "convention": "nobody"}, "nobody"),
         ({"features": (Path("x.npz"),)}, "no such file"),
-        ({"checkpoint": (Path("x.safetensors"),), "data": ("nosuch=/tmp",)}, "x.safetensors"),
+        ({"checkpoint": (Path("x.safetensors"),), "data": ("nosuch=/tmp",)}, "unknown data set 'nosuch'"),
+        ({"features": (Path("x.npz"),), "flip": True}, "--flip works on images"),
+        ({"features": (Path("x.npz"),), "page": True}, "--page works on images"),
+        ({"checkpoint": (Path("x"),), "data": ("y",), "attention": True}, "give --page too"),
     ],
 )
 def test_mistakes_are_named(settings, named):
@@ -191,3 +205,58 @@ def test_an_unknown_set_is_named(drawn):
     folder, one, _ = drawn
     with pytest.raises(UserError, match="nosuch"):
         retrieval.main(config(checkpoint=(folder / "encoder0.safetensors",), data=(f"nosuch={one}",)), lambda text: None)
+
+
+def test_encoders_sets_and_files_of_one_name_stay_apart(drawn, tmp_path):
+    folder, one, two = drawn
+    checkpoints, sets = [], []
+    for number, root in ((0, one), (1, two)):
+        checkpoints.append(tmp_path / f"run{number}" / "encoder.safetensors")
+        checkpoints[-1].parent.mkdir()
+        shutil.copy(folder / f"encoder{number}.safetensors", checkpoints[-1])
+        sets.append(tmp_path / f"sets{number}" / "reid")
+        shutil.copytree(root, sets[-1])
+    rows = retrieval.main(config(checkpoint=tuple(checkpoints), data=tuple(map(str, sets)), output=tmp_path / "out"), lambda text: None)
+    table = (tmp_path / "out" / "table.txt").read_text().splitlines()
+    assert sum(line.startswith("sets") for line in table) == len(rows) == 8
+    assert len(list((tmp_path / "out").rglob("scores.json"))) == 4
+    assert {row["set"] for row in rows} == {"sets0-reid", "sets1-reid"}
+    with pytest.raises(UserError, match="is given twice"):
+        retrieval.main(config(checkpoint=(checkpoints[0], checkpoints[0]), data=(str(one),)), lambda text: None)
+
+
+def test_a_path_that_is_wrong_is_told_before_anything_is_computed(drawn, monkeypatch):
+    folder, one, _ = drawn
+    monkeypatch.setattr(features, "_describe", lambda *arguments: pytest.fail("computed"))
+    with pytest.raises(UserError, match="nowhere"):
+        retrieval.main(config(checkpoint=(folder / "encoder0.safetensors",), data=(str(one), "/nowhere")), lambda text: None)
+
+
+def test_a_set_that_is_not_what_its_name_says_is_told(drawn):
+    folder, one, _ = drawn
+    said: list[str] = []
+    retrieval.main(config(checkpoint=(folder / "encoder0.safetensors",), data=(f"market1501={one}",)), said.append)
+    assert any("not market1501 as published" in line and "query has 5 images, 3,363 fewer" in line for line in said)
+    assert any(line.startswith("operators: ") for line in said)
+
+
+def test_the_page_shows_the_scored_precision(drawn, tmp_path):
+    folder, one, _ = drawn
+    settings = config(checkpoint=(folder / "encoder0.safetensors",), data=(str(one),), convention="layumi", page=True, output=tmp_path)
+    retrieval.main(settings, lambda text: None)
+    place = tmp_path / "encoder0" / "one-layumi"
+    expected = {row["query"]: float(row["average_precision"]) for row in csv.DictReader((place / "queries.csv").open())}
+    page = (place / "ranked_lists" / "index.html").read_text()
+    (found,) = re.findall(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, flags=re.DOTALL)
+    shown = sorted(value for row in json.loads(found)["queries"] for value in row if isinstance(value, float))
+    assert all(any(abs(value - wanted) < 1e-3 for value in shown) for wanted in expected.values())
+
+
+def test_features_with_pairs_of_one_kind_and_errors_of_scoring(drawn, tmp_path):
+    labels = Labels(np.array([1, 1]), np.array([0, 0])), Labels(np.array([1, 1]), np.array([1, 1]))
+    write_feature_file(tmp_path / "one.npz", FeatureFile(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), *labels))
+    (row,) = retrieval.main(config(features=(tmp_path / "one.npz",), roc=True, output=tmp_path / "out"), lambda text: None)
+    assert row["TPR@FPR=1e-01"] is None
+    write_feature_file(tmp_path / "huge.npz", FeatureFile(np.full((2, 2), 1e200), np.full((2, 2), 1e200), *labels))
+    with pytest.raises(UserError, match=r"huge\.npz: .*longer than"):
+        retrieval.main(config(features=(tmp_path / "huge.npz",)), lambda text: None)

@@ -74,7 +74,7 @@ def test_rounding_hides_nothing_at_this_size():
     """With distances this far apart the rates are those of the distances themselves."""
     case = random_case(0)
     roc = counted(*case)
-    assert roc.resolution == 2**-20
+    assert roc.resolution == 2**-21  # the largest distance lies between 0.5 and 1
     for rate in RATES:
         assert roc.fast_reid_rate(rate) == pytest.approx(evaluators.fast_reid_rate(*case, rate))
 
@@ -99,3 +99,12 @@ def test_bad_input():
         pairs.add(np.zeros((1, 2)), one, one)
     pairs.add(np.array([[0.5]]), one, one)
     assert (pairs.roc().num_same, pairs.roc().num_different) == (0, 0)
+
+
+def test_the_scale_of_distances_makes_no_difference():
+    distance, query, gallery = random_case(1)
+    expected = counted(distance, query, gallery)
+    for scale in (2.0**-40, 2.0**40):
+        found = counted(distance * scale, query, gallery)
+        assert found.resolution == expected.resolution * scale
+        assert [found.true_positive_rate(rate) for rate in RATES] == [expected.true_positive_rate(rate) for rate in RATES]

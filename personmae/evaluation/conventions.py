@@ -109,7 +109,8 @@ _PRESETS = (
     ),
     Convention(
         name="transreid",
-        about="TransReID, TransReID-SSL, SOLIDER, CLIP-ReID. On ties unspecified there (unstable sort), by index here. Distances are of float32 "
+        about="TransReID, TransReID-SSL, SOLIDER, CLIP-ReID; re-ranking with the 50 and 15 of TransReID and CLIP-ReID (the others take 20 and 6: "
+        "classic). On ties unspecified there (unstable sort), by index here. Distances are of float32 "
         "there. Fails there if fewer than 50 gallery images are left to rank.",
         feature="before BNNeck (all published configurations; the code's default is after)",
         reranking=Reranking(k1=50, k2=15),

@@ -90,7 +90,7 @@ def read_torch(path: Path) -> Variables:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "it is damaged, or holds Python objects that are not tensors, numbers or text, which could run any code"
+        reason = "it is damaged, or holds Python objects that are not tensors, numbers or text (numpy arrays are such), which could run any code"
         raise UserError(f"{path} is not read: {reason}; save a dict of tensors, or an .npz") from error
     except _DAMAGED as error:
         raise UserError(f"{path} cannot be read as a file of torch.save: {error}") from error

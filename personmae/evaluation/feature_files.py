@@ -25,6 +25,7 @@ import numpy.typing as npt
 from personmae.configs import UserError
 from personmae.data.records import GALLERY_CAMERA, JUNK_PERSON, QUERY_CAMERA
 from personmae.evaluation.feature_containers import Variables, read_mat, read_npz, read_torch
+from personmae.evaluation.inputs import id_array
 from personmae.evaluation.ranking import Labels
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -245,14 +246,12 @@ def _whole_numbers(content: _Content, name: str) -> IntArray:
             return np.array([int(str(entry)) for entry in _texts(content, name)], np.int64)
         except (ValueError, OverflowError) as error:
             raise UserError(f"{content.path}: {name} holds text that is no whole number: {error}") from error
-    if array.dtype.kind not in "fiub":
-        raise UserError(f"{content.path}: {name} is of {array.dtype}; whole numbers are wanted")
-    # 2^63 is the first number beyond int64; a float holds it exactly. NaN equals nothing, and so is caught too.
-    fits = (array == np.floor(array)) & (abs(array) < 2.0**63) if array.dtype.kind == "f" else array <= 2**63 - 1
-    wrong = np.flatnonzero(~fits)
-    if len(wrong):
-        raise UserError(f"{content.path}: {name}: entry {wrong[0]} is {array[wrong[0]]}; whole numbers of 64 bits are wanted")
-    return array.astype(np.int64)
+    if array.dtype.kind == "b":
+        array = array.astype(np.int64)
+    try:
+        return id_array(f"{content.path}: {name}", array, len(array))
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _texts(content: _Content, name: str) -> list[str]:

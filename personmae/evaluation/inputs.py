@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from personmae.data.records import GALLERY_CAMERA, JUNK_PERSON, QUERY_CAMERA
-from personmae.evaluation.ranking import IntArray, Labels
+from personmae.data.reid import ReidSet
+from personmae.evaluation.ranking import IntArray, Labels, labels_of
 
 Junk = Literal["refuse", "drop"]
 
@@ -36,6 +37,8 @@ def feature_tensor(part: str, features: Any) -> Tensor:
             # An array that must not be written to is fine here: nothing writes.
             warnings.simplefilter("ignore", UserWarning)
             features = torch.from_numpy(array)
+    if features.layout != torch.strided:
+        raise TypeError(f"{part} features are a tensor of layout {features.layout}; a dense one is wanted: call .to_dense()")
     if features.is_complex() or features.dtype == torch.bool:
         raise TypeError(f"{part} features have dtype {features.dtype}; real numbers are wanted")
     small = features.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8, torch.uint8)
@@ -116,6 +119,21 @@ def labels_from(
     if not kept.any():
         raise ValueError(f"all {num_junk} gallery images are junk (person -1)")
     return Labels(people[0], cameras[0]), Labels(people[1][kept], cameras[1][kept]), kept
+
+
+def labels_of_set(reid_set: ReidSet) -> tuple[Labels, Labels]:
+    """Labels of query and gallery; of a set that has no cameras as if all queries were from one and the whole gallery from another, so that nothing
+    is left out."""
+    query, gallery = labels_of(reid_set.query), labels_of(reid_set.gallery)
+    return (query, gallery) if reid_set.has_cameras else without_cameras(query, gallery)
+
+
+def without_cameras(query: Labels, gallery: Labels) -> tuple[Labels, Labels]:
+    """The labels of a set that has no cameras: all queries from one, the whole gallery from another, so that nothing is left out."""
+    return (
+        Labels(query.people, np.full(len(query), QUERY_CAMERA, np.int64)),
+        Labels(gallery.people, np.full(len(gallery), GALLERY_CAMERA, np.int64)),
+    )
 
 
 def count_zero_rows(features: Tensor) -> int:

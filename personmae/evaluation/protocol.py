@@ -17,16 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from personmae.data.records import GALLERY_CAMERA, QUERY_CAMERA, PersonImage
+from personmae.data.records import PersonImage
 from personmae.data.reid import ReidSet
 from personmae.evaluation.confidence import Bootstrap
 from personmae.evaluation.conventions import CONVENTIONS, Convention, Reranking, convention_of
-from personmae.evaluation.distances import FloatArray, Metric, distances
+from personmae.evaluation.distances import FloatArray, Metric, open_space, product_distances
 from personmae.evaluation.expansion import QueryExpansion, combine_flipped, expand
 from personmae.evaluation.feature_cache import FeatureCache
 from personmae.evaluation.features import Describe, FeatureArray, Precision, extract_features
-from personmae.evaluation.inputs import Junk, count_zero_rows, feature_tensor, labels_from
-from personmae.evaluation.ranking import Labels, MatchRanks, labels_of, match_ranks, match_ranks_of_distances
+from personmae.evaluation.inputs import Junk, count_zero_rows, feature_tensor, labels_from, labels_of_set
+from personmae.evaluation.ranking import Labels, MatchRanks, match_ranks, match_ranks_of_distances
 from personmae.evaluation.scores import MAX_RANK, Scores, score_ranks
 from personmae.evaluation.single_shot import sampled_shot_curves, single_shot_curves
 from personmae.evaluation.verification import PairCounts
@@ -53,6 +53,17 @@ class ScoringConfig:
     roc: bool = False
     max_rank: int = MAX_RANK
     seed: int = 0
+
+    def words(self) -> list[str]:
+        """What is not the default, a word each, as in the name of a folder."""
+        found = [] if self.convention.name == "standard" else [self.convention.name]
+        found += [self.metric] if self.metric and self.metric != self.convention.metric else []
+        found += ["expanded"] if self.expansion else []
+        return found + ([f"reranked-{self.reranking.definition}"] if self.reranking else [])
+
+    def __str__(self) -> str:
+        said = [self.convention.name, self.metric or self.convention.metric, *(str(part) for part in (self.expansion, self.reranking) if part)]
+        return ", ".join(said)
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,8 @@ def score(
     Raises UserError if no query has a match from another camera, ValueError for features that do not fit the labels or are not finite.
     """
     metric = metric or scoring.metric or scoring.convention.metric
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric is {metric!r}; allowed: cosine, euclidean")
     query_features, gallery_features = feature_tensor("query", query_features), feature_tensor("gallery", gallery_features)
     for part, features, labels in (("query", query_features, query), ("gallery", gallery_features, gallery)):
         if len(features) != len(labels):
@@ -118,7 +131,9 @@ def score(
         return score_tiles(tiles, query, gallery, metric=metric, scoring=scoring, names=names, notes=[*said, str(scoring.reranking)])
     extras = _Extras(scoring, query, gallery)
     if extras.wanted:
-        for rows, distance in distance_tiles(query_features, gallery_features, metric):
+        # Of single shots every tie counts; the bins of an ROC curve are coarser than float32.
+        exact = scoring.convention.single_gallery_shot
+        for rows, distance in (distance_tiles if exact else product_distances)(query_features, gallery_features, metric):
             extras.take(rows, distance)
     ranks = match_ranks(query_features, gallery_features, query, gallery, metric)
     return extras.score(ranks, metric, names, said)
@@ -196,12 +211,15 @@ class _Extras:
         )
 
 
-def distance_tiles(query: Tensor, gallery: Tensor, metric: Metric) -> Iterator[tuple[slice, FloatArray]]:
-    """(rows, distances [rows, G]) of a few queries at a time."""
+def distance_tiles(query: Tensor, gallery: Tensor, metric: Metric) -> Iterator[tuple[slice, npt.NDArray[np.floating]]]:
+    """(rows, distances [rows, G]) of a few queries at a time, by the definition."""
+    space = open_space(query, gallery, metric)
     at_once = max(1, _TILE_PAIRS // len(gallery))
+    columns = torch.arange(len(gallery), device=space.device)
     for start in range(0, len(query), at_once):
-        rows = slice(start, min(start + at_once, len(query)))
-        yield rows, distances(query[rows], gallery, metric)
+        rows = torch.arange(start, min(start + at_once, len(query)), device=space.device)
+        found = space.pair_distances(rows.repeat_interleave(len(gallery)), columns.repeat(len(rows)))
+        yield slice(start, start + len(rows)), found.view(len(rows), -1).cpu().numpy()
 
 
 def reranked_tiles(query: Tensor, gallery: Tensor, metric: Metric, reranking: Reranking) -> Tiles:
@@ -258,6 +276,9 @@ def evaluate_features(
     names.
     """
     found = convention_of(convention)
+    for name, value, kind in (("rerank", rerank, Reranking), ("expansion", expansion, QueryExpansion)):
+        if not isinstance(value, bool | kind):
+            raise TypeError(f"{name} is {value!r}; True, False or a {kind.__name__} is wanted")
     if single_gallery_shot:
         found = dataclasses.replace(found, single_gallery_shot=True)
     query_features, gallery_features = feature_tensor("query", query_features), feature_tensor("gallery", gallery_features)
@@ -356,7 +377,7 @@ def evaluate(
 
     query, gallery = extract(reid_set.query), extract(reid_set.gallery)
     fitted_on = extract(unlabelled) if unlabelled else None
-    notes = [*reid_set.notes, *(["mirror images taken in"] if flip else [])]
+    notes = ["mirror images taken in"] if flip else []
     if not reid_set.has_cameras:
         notes.append("no cameras, nothing left out")
     if reid_set.single_gallery_shot:
@@ -372,21 +393,6 @@ def evaluate(
         notes=notes,
     )
     return Evaluation(scores, query, gallery, fitted_on)
-
-
-def labels_of_set(reid_set: ReidSet) -> tuple[Labels, Labels]:
-    """Labels of query and gallery; of a set that has no cameras as if all queries were from one and the whole gallery from another, so that nothing
-    is left out."""
-    query, gallery = labels_of(reid_set.query), labels_of(reid_set.gallery)
-    return (query, gallery) if reid_set.has_cameras else without_cameras(query, gallery)
-
-
-def without_cameras(query: Labels, gallery: Labels) -> tuple[Labels, Labels]:
-    """The labels of a set that has no cameras: all queries from one, the whole gallery from another, so that nothing is left out."""
-    return (
-        Labels(query.people, np.full(len(query), QUERY_CAMERA, np.int64)),
-        Labels(gallery.people, np.full(len(gallery), GALLERY_CAMERA, np.int64)),
-    )
 
 
 def _part(labels: Labels, rows: slice) -> Labels:

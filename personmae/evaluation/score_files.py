@@ -58,13 +58,14 @@ def write_query_table(path: Path, scores: Scores) -> None:
 
 def score_table(scores: Mapping[tuple[str, str], Scores]) -> str:
     """A text table, a line for each (set, feature), percentages; intervals of mAP and rank-1 where there are any."""
-    header = ["set", "feature", "mAP", "mINP", *(f"rank-{k}" for k in REPORTED_RANKS), "queries", "gallery", "as"]
+    header = ["set", "feature", "mAP", "mINP", *(f"rank-{k}" for k in REPORTED_RANKS), "queries", "gallery", "rules"]
     lines = [header]
     for (reid_set, feature), found in scores.items():
         ranks = [_percent(found, f"rank{k}", found.rank(k)) if k <= len(found.cmc) else "" for k in REPORTED_RANKS]
         queries = f"{found.num_valid:,}" + (f" of {found.num_queries:,}" if found.num_valid < found.num_queries else "")
         means = [_percent(found, "mAP", found.mAP), f"{found.mINP:.2%}".rstrip("%")]
-        lines.append([reid_set, feature, *means, *ranks, queries, f"{found.num_gallery:,}", found.convention.name])
+        rules = "; ".join([f"{found.convention.name}, {found.metric}", *found.notes])
+        lines.append([reid_set, feature, *means, *ranks, queries, f"{found.num_gallery:,}", rules])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rule = "  ".join("-" * width for width in widths)

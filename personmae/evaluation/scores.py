@@ -79,10 +79,12 @@ class Scores:
         ranks = {f"rank{k}": self.rank(k) for k in REPORTED_RANKS if k <= len(self.cmc)}
         counts = {"num_queries": self.num_queries, "num_valid": self.num_valid, "num_gallery": self.num_gallery}
         found = {**named, "mAP": self.mAP, "mINP": self.mINP, **ranks, **counts, "convention": self.convention.name, "metric": self.metric}
+        found["processing"] = "; ".join(self.notes)
         if self.confidence:
             found["intervals"] = {name: list(ends) for name, ends in self.confidence.intervals.items()}
         if self.roc:
-            found |= rates(self.roc, self.convention.roc_positive)
+            # A set may have pairs of one kind only; JSON has no NaN.
+            found |= {name: None if np.isnan(rate) else rate for name, rate in rates(self.roc, self.convention.roc_positive).items()}
         return found
 
     def plain(self) -> dict[str, Any]:
@@ -105,10 +107,11 @@ class Scores:
             mean += f" [{ends[0]:.2%}, {ends[1]:.2%}]"
         ranks = ", ".join(f"rank-{k} {self.rank(k):.2%}" for k in REPORTED_RANKS if k <= len(self.cmc))
         if self.roc:
-            ranks += "".join(f", {name} {rate:.2%}" for name, rate in rates(self.roc, self.convention.roc_positive).items())
+            known = rates(self.roc, self.convention.roc_positive).items()
+            ranks += "".join(f", {name} {'-' if np.isnan(rate) else f'{rate:.2%}'}" for name, rate in known)
         unmatched = "left out" if self.convention.unmatched == "left out" else "counted as zero"
         counts = f"{self.num_valid} queries, {self.num_queries - self.num_valid} without a match {unmatched}, gallery {self.num_gallery}"
-        others = "".join(f"; {word}" for word in ([f"as {self.convention.name}"] if self.convention.name != "standard" else []) + list(self.notes))
+        others = "".join(f"; {word}" for word in [f"as {self.convention.name}, {self.metric}", *self.notes])
         return f"{mean}, mINP {self.mINP:.2%}, {ranks} ({counts}{others})"
 
 

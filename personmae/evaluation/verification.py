@@ -1,12 +1,13 @@
 """Verification: are two images of the same person? ROC curve and true-positive rate at a false-positive rate, over all pairs of query and gallery.
 
 Pairs that are left out of the ranking are left out here. The pairs are not held: their distances are counted in bins, a power of two wide, as tiles
-of distances come by. So the curve is exactly that of the distances rounded down to a multiple of `Roc.resolution`: 2^-20, about 1e-6, for distances
-below 2, twice that below 4, and so on.
+of distances come by. So the curve is exactly that of the distances rounded down to a multiple of `Roc.resolution`, which is 2^-20 (about 1e-6) where
+the largest distance lies between 1 and 2, and in proportion elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ class PairCounts:
     """Counts the pairs of query and gallery by distance, tile by tile; 64 MiB whatever their number."""
 
     def __init__(self) -> None:
-        self.width = _FINEST
+        self.width = 0.0  # of the first distances' own size
         self._same = np.zeros(_NUM_BINS, np.int64)
         self._different = np.zeros(_NUM_BINS, np.int64)
 
@@ -86,6 +87,9 @@ class PairCounts:
         largest = float(max(distance.max(initial=0), -distance.min(initial=0)))
         if not np.isfinite(largest):
             raise ValueError("a distance is not finite")
+        if not self.width:
+            # The finest that holds these; larger ones that come later widen it.
+            self.width = 2.0 ** (math.frexp(largest)[1] - _NUM_BINS.bit_length() + 2) if largest else _FINEST
         factor = 1
         while largest >= self.width * factor * (_NUM_BINS // 2):
             factor *= 2

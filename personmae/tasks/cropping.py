@@ -21,7 +21,7 @@ from personmae.data.boxes import Rejected
 from personmae.data.crop_folder import REJECTED, UNREADABLE, CropWriting, Cutter, claimed, refusals_told, write_boxes, write_table
 from personmae.data.crop_names import name_crops
 from personmae.data.crops import CropPlan, plan_crops
-from personmae.data.frames import Frames, open_frames
+from personmae.data.frames import FrameFolder, Frames, open_frames
 from personmae.data.sequences import FrameSequence, mot_sequences, pair_sequences, with_cameras
 from personmae.recipes import CropConfig
 
@@ -82,7 +82,12 @@ def _sequences(config: CropConfig) -> list[FrameSequence]:
 def _plan(config: CropConfig, sequence: FrameSequence, num_threads: int) -> tuple[Frames, CropPlan]:
     boxes = read_boxes(sequence.boxes, config.box_format, origin=config.origin, relative=config.relative, mot_flavour=config.mot_flavour)
     frames = open_frames(sequence.frames, by_name=boxes.images is not None, first=boxes.first_frame, pattern=config.frame_pattern)
-    return frames, plan_crops(boxes, frames, config.rules, num_threads, frame_offset=config.frame_offset)
+    if config.frame_offset is None and boxes.first_frame == 1 and isinstance(frames, FrameFolder) and frames.first == 0:
+        raise UserError(
+            f"MOT counts frames from 1, as {sequence.boxes}, and the images of {sequence.frames} begin with 0: boxes would be cut from other "
+            "frames than their own. Give --frame-offset -1, or --frame-offset 0 if the boxes have the numbers of the images"
+        )
+    return frames, plan_crops(boxes, frames, config.rules, num_threads, frame_offset=config.frame_offset or 0)
 
 
 def _check(config: CropConfig, plans: Sequence[CropPlan], rejected: Sequence[Rejected]) -> None:

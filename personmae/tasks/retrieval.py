@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import torch
 from personmae.configs import UserError, from_plain
 from personmae.data.image_index import as_files, build_index
 from personmae.data.kept_index import read_kept_index
-from personmae.data.reid import ReidSet, num_splits, open_reid_set
+from personmae.data.reid import REID_SETS, ReidSet, num_splits, open_reid_set
+from personmae.data.reid.checks import check_counts
+from personmae.data.reid.published import PUBLISHED
 from personmae.evaluation.colour_histogram import describe_colours
 from personmae.evaluation.confidence import Bootstrap
 from personmae.evaluation.conventions import Reranking, convention_of
 from personmae.evaluation.expansion import QueryExpansion
 from personmae.evaluation.feature_cache import FeatureCache
-from personmae.evaluation.feature_files import read_feature_file
+from personmae.evaluation.feature_files import SUFFIXES, read_feature_file
 from personmae.evaluation.features import Describe
 from personmae.evaluation.protocol import Evaluation, ScoringConfig, evaluate, score
 from personmae.evaluation.score_files import score_table
@@ -34,11 +36,12 @@ from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.weights import load_encoder
 from personmae.recipes import PretrainConfig, RetrievalConfig
-from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_score_files, write_tables
-from personmae.training.logbook import check_run_dir, write_whole
+from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_evaluations, write_score_files, write_tables
+from personmae.training.logbook import check_run_dir
 from personmae.training.processes import choose_device
 from personmae.visuals.report import write_report
 from personmae.visuals.report_scores import HISTOGRAM, PRETRAINED, RANDOM
+from personmae_kernels.launching import describe_operators
 
 Say = Callable[[str], object]
 Table = dict[tuple[str, str], Scores]  # (set, "model: feature") -> scores
@@ -50,14 +53,19 @@ def main(config: RetrievalConfig, say: Say = print) -> list[dict[str, Any]]:
     Returns the rows of the table. Raises UserError for paths that do not hold what they should.
     """
     scoring = scoring_of(config)
-    say(f"scores as {scoring.convention.name}: {scoring.convention.about}")
+    if config.output is not None:
+        check_run_dir(config.output)
+    say(f"operators: {describe_operators(choose_device(config.device, local_rank=None))}")
     table: Table = {}
     rows = score_feature_files(config, scoring, table, say)
-    for checkpoint in config.checkpoint:
+    sets = open_sets(config) if config.checkpoint else []
+    names = distinct_names([checkpoint.absolute() for checkpoint in config.checkpoint])
+    for checkpoint, name in zip(config.checkpoint, names, strict=True):
         with tempfile.TemporaryDirectory() as scratch:
-            rows += score_checkpoint(checkpoint, config, scoring, table, Path(scratch), say)
+            rows += score_checkpoint(checkpoint, name, sets, config, scoring, table, Path(scratch), say)
     if len(table) > 1:
         say(score_table(table))
+    say(f"rules: {scoring}. {scoring.convention.about}")
     if config.output is not None:
         write_tables(config.output, table, rows)
     return rows
@@ -80,7 +88,7 @@ def scoring_of(config: RetrievalConfig) -> ScoringConfig:
 def score_feature_files(config: RetrievalConfig, scoring: ScoringConfig, table: Table, say: Say) -> list[dict[str, Any]]:
     """Scores of files of features; adds to the table, returns its rows."""
     rows = []
-    for path in config.features:
+    for path, name in zip(config.features, distinct_names([path.absolute() for path in config.features]), strict=True):
         file = read_feature_file(path)
         for note in file.notes:
             say(f"{path.name}: {note}")
@@ -89,28 +97,38 @@ def score_feature_files(config: RetrievalConfig, scoring: ScoringConfig, table: 
             notes.append("no cameras, nothing left out")
         try:
             found = score(file.query_features, file.gallery_features, file.query, file.gallery, scoring=scoring, names=file.query_paths, notes=notes)
-        except UserError as error:
+        except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-        table[path.name, "features"] = found
-        rows.append({"set": path.name, **found.row("file", "features")})
-        say(f"{path.name}: {found}")
+        table[name, "features"] = found
+        rows.append({"set": name, **found.row("file", "features")})
+        say(f"{name}: {found}")
         if config.output is not None:
-            write_score_files(config.output / path.stem, {"features": found}, "features", features=str(path))
+            write_score_files(config.output / name, {"features": found}, "features", features=str(path))
+            say(f"scores and the table of queries: {config.output / name}")
     return rows
 
 
 def score_checkpoint(
-    checkpoint: Path, config: RetrievalConfig, scoring: ScoringConfig, table: Table, scratch: Path, say: Say
+    checkpoint: Path,
+    own_name: str,
+    sets: list[tuple[str, ReidSet]],
+    config: RetrievalConfig,
+    scoring: ScoringConfig,
+    table: Table,
+    scratch: Path,
+    say: Say,
 ) -> list[dict[str, Any]]:
-    """Scores of one encoder on all sets, written into its run if it is one; adds to the table, returns its rows. scratch: a folder for images that
-    lie in a pack."""
+    """Scores of one encoder on all sets, written into its run if it is one; adds to the table, returns its rows. own_name: of the encoder in tables
+    and folders. scratch: a folder for images that lie in a pack."""
     is_run = checkpoint.is_dir()
     if is_run:
         check_run_dir(checkpoint)
     run = read_run_config(checkpoint) if is_run else None
     encoder = load_encoder(checkpoint / "encoder.safetensors" if is_run else checkpoint)
     unlabelled = choose_unlabelled(checkpoint, config, run, scratch, say)
-    output = config.output / checkpoint.stem if config.output is not None else checkpoint / "evaluation" if is_run else None
+    if config.page and not (is_run or config.output):
+        raise UserError(f"the page of {checkpoint}, which is no run folder, has no place; give --output FOLDER")
+    output = config.output / own_name if config.output is not None else checkpoint / "evaluation" if is_run else None
 
     # What is compared.
     device = choose_device(config.device, local_rank=None)
@@ -121,9 +139,9 @@ def score_checkpoint(
 
     rows: list[dict[str, Any]] = []
     contents: list[dict[str, Any]] = []
-    for label, reid_set in open_sets(config):
+    for label, reid_set in sets:
         say(reid_set.describe())
-        for note in reid_set.notes:
+        for note in [*reid_set.notes, *count_warnings(reid_set)]:
             say(f"  {note}")
         evaluations: dict[str, Evaluation] = {}
         of_set: list[dict[str, Any]] = []
@@ -145,13 +163,15 @@ def score_checkpoint(
             )
             evaluations[name] = found
             for feature, scores in found.scores.items():
-                table[label, f"{checkpoint.name if name == PRETRAINED else name}: {feature}"] = scores
-                of_set.append({"checkpoint": str(checkpoint), "set": label, **scores.row(name, feature)})
+                table[label, f"{own_name}{'' if name == PRETRAINED else f', {name}'}: {feature}"] = scores
+                folder_of_set = label.removesuffix(reid_set.split).strip()
+                of_set.append({"checkpoint": str(checkpoint), "set": label, "folder": folder_of_set, **scores.row(name, feature)})
                 say(f"{name:22} {feature:16} {scores}")
         rows += of_set
         page = None
         if output is not None:
-            folder = output / label.replace(" ", "-")
+            # Other rules, other folder: neither takes the other's place.
+            folder = output / "-".join([label, *scoring.words(), *(["flip"] if config.flip else [])]).replace(" ", "-")
             headline = evaluations[PRETRAINED].headline
             write_score_files(folder, evaluations[PRETRAINED].scores, headline, checkpoint=str(checkpoint), set=label)
             say(f"scores of all features and the table of queries ({headline}): {folder}")
@@ -160,25 +180,48 @@ def score_checkpoint(
                 say(f"ranked lists: {page}")
         if is_run:
             pictures = draw_ranked_lists(checkpoint, label, reid_set, evaluations)
-            contents.append(content_of(label, encoder, of_set, pictures, page and page.relative_to(checkpoint.resolve()), scoring, unlabelled))
+            contents.append(content_of(label, encoder, of_set, pictures, page, checkpoint.resolve(), scoring, unlabelled))
     if config.split == "all":
-        say_means(rows, say)
+        rows += mean_rows(rows, say)
     if is_run:
-        write_whole(checkpoint / "evaluation.json", json.dumps({"evaluations": contents}, indent=2) + "\n")
+        write_evaluations(checkpoint, contents)
         say(f"report: {write_report(checkpoint)}")
     return rows
 
 
-def open_sets(config: RetrievalConfig) -> Iterator[tuple[str, ReidSet]]:
-    """The sets of --data one after another, with name and split in words; of those with several splits the ones asked for. Raises UserError for
-    what is no set."""
-    for given in config.data:
-        name, separator, root = given.partition("=")
-        known, where = (name, Path(root)) if separator and not Path(given).exists() else (None, Path(given))
-        splits = range(num_splits(known)) if config.split == "all" and known else [0 if config.split == "all" else config.split]
-        for split in splits:
-            reid_set = open_reid_set(known, where.expanduser(), split=split)
-            yield f"{reid_set.name} {reid_set.split}".strip(), reid_set
+def distinct_names(paths: list[Path]) -> list[str]:
+    """A name for each path: its last part without the suffix of a file, and as many folders above it as it takes to tell the paths apart."""
+    parts = [[*path.parts[1:-1], path.stem if path.suffix in (".safetensors", *SUFFIXES) else path.name] for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["-".join(words[-length:]) for words in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{next(path for path in paths if paths.count(path) > 1)} is given twice")
+
+
+def count_warnings(reid_set: ReidSet) -> list[str]:
+    """What differs from the counts that are published under the set's name, in one sentence."""
+    wrong = [finding.text for finding in check_counts(reid_set.name, reid_set) if finding.level == "wrong"] if reid_set.name in PUBLISHED else []
+    return [f"WARNING: this is not {reid_set.name} as published: {'; '.join(wrong)} (personmae data check says more)"] if wrong else []
+
+
+def open_sets(config: RetrievalConfig) -> list[tuple[str, ReidSet]]:
+    """The sets of --data, with name and split in words; of those with several splits the ones asked for. Raises UserError for what is no set, before
+    anything is computed."""
+    folders = [given if Path(given).exists() else given.partition("=")[2] or given for given in config.data]
+    own_names = distinct_names([Path(folder).expanduser().absolute() for folder in folders])
+    opened = []
+    for given, folder, own_name in zip(config.data, folders, own_names, strict=True):
+        name = None if given == folder else given.partition("=")[0]
+        root, split = Path(folder).expanduser(), 0 if config.split == "all" else config.split
+        found = [open_reid_set(name, root, split=split)]
+        if config.split == "all" and (name or found[0].name in REID_SETS):
+            found += [open_reid_set(name, root, split=split) for split in range(1, num_splits(name or found[0].name))]
+        opened += [(f"{reid_set.name if name else own_name} {reid_set.split}".strip(), reid_set) for reid_set in found]
+    if len(dict(opened)) < len(opened):
+        label = next(label for label, _ in opened if [other for other, _ in opened].count(label) > 1)
+        raise UserError(f"{label} is given twice in --data; give folders without a name (NAME=) to tell them apart")
+    return opened
 
 
 def content_of(
@@ -187,24 +230,41 @@ def content_of(
     rows: list[dict[str, Any]],
     pictures: list[str],
     page: Path | None,
+    run: Path,
     scoring: ScoringConfig,
     unlabelled: list[Path],
 ) -> dict[str, Any]:
-    """An entry of evaluation.json, which the report shows."""
-    notes = [f"Nothing was trained on a label of this set by personmae evaluate. Rules: {scoring.convention.name}. {scoring.convention.about}"]
+    """An entry of evaluation.json, which the report shows; it links a page that lies in the run."""
+    notes = [f"Rules: {scoring}. {scoring.convention.about}"]
     if unlabelled:
         notes.append(f"Whitening is fitted on {len(unlabelled)} unlabelled images.")
-    page_link = page.as_posix() if page else None
-    return {"set": label, "size": list(encoder.config.image_size), "rows": rows, "ranked_lists": pictures, "page": page_link, "notes": notes}
+    page_link = page.relative_to(run).as_posix() if page and page.is_relative_to(run) else None
+    return {
+        "set": label,
+        "rules": str(scoring),
+        "size": list(encoder.config.image_size),
+        "rows": rows,
+        "ranked_lists": pictures,
+        "page": page_link,
+        "notes": notes,
+    }
 
 
-def say_means(rows: list[dict[str, Any]], say: Say) -> None:
-    """Means over the splits, with their standard deviation."""
-    for model, feature in dict.fromkeys((row["model"], row["feature"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["feature"]) == (model, feature)]
+def mean_rows(rows: list[dict[str, Any]], say: Say) -> list[dict[str, Any]]:
+    """Of sets with several splits: the mean of the splits and its standard deviation, said and as rows of the table."""
+    means = []
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["checkpoint"], row["folder"], row["model"], row["feature"]), []).append(row)
+    for (checkpoint, folder, model, feature), chosen in groups.items():
+        if len(chosen) < 2:
+            continue
         values = {name: np.array([row[name] for row in chosen]) for name in ("mAP", "rank1")}
         words = ", ".join(f"{name} {found.mean():.2%} +- {found.std():.2%}" for name, found in values.items())
-        say(f"{model:22} {feature:16} mean of {len(chosen)} splits: {words}")
+        say(f"{folder} {model} {feature}: mean of {len(chosen)} splits: {words}")
+        found = {name: float(found.mean()) for name, found in values.items()} | {f"{name}_std": float(found.std()) for name, found in values.items()}
+        means.append({"checkpoint": checkpoint, "set": f"{folder}, mean of {len(chosen)} splits", "model": model, "feature": feature, **found})
+    return means
 
 
 def read_run_config(run: Path) -> PretrainConfig:

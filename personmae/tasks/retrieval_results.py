@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from personmae.configs import UserError
 from personmae.data.reid import ReidSet
-from personmae.evaluation.protocol import Evaluation, ScoringConfig, labels_of_set
+from personmae.evaluation.inputs import labels_of_set
+from personmae.evaluation.protocol import Evaluation, ScoringConfig
 from personmae.evaluation.score_files import score_table, write_query_table, write_scores
 from personmae.evaluation.scores import Scores
 from personmae.models.vit import VisionTransformer
@@ -45,16 +48,30 @@ def write_tables(folder: Path, table: Mapping[tuple[str, str], Scores], rows: Se
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
+def write_evaluations(run: Path, contents: Sequence[Mapping[str, Any]]) -> None:
+    """Puts evaluations into the run's evaluation.json. Those of other sets or rules stay in it, as long as they are of the same encoder."""
+    path = run / "evaluation.json"
+    encoder = hashlib.sha256((run / "encoder.safetensors").read_bytes()).hexdigest()[:16]
+    try:
+        before = [one for one in json.loads(path.read_text())["evaluations"] if one["encoder"] == encoder]
+        keys = [(one["set"], one["rules"]) for one in before]
+    except (OSError, ValueError, KeyError, TypeError):
+        before, keys = [], []
+    new = {(one["set"], one["rules"]) for one in contents}
+    kept = [one for one, key in zip(before, keys, strict=True) if key not in new]
+    write_whole(path, json.dumps({"evaluations": [*({**one, "encoder": encoder} for one in contents), *kept]}, indent=2) + "\n")
+
+
 def write_browsing_page(
     folder: Path, reid_set: ReidSet, evaluation: Evaluation, scoring: ScoringConfig, encoder: VisionTransformer | None
 ) -> Path:
     """The page of the headline feature's ranked lists. encoder: lays over the images where it looks; None for a page without that."""
     scores = evaluation.scores[evaluation.headline]
     query, gallery = evaluation.headline_features()
-    lists = rank_queries(query, gallery, *labels_of_set(reid_set), metric=scores.metric)
+    lists = rank_queries(query, gallery, *labels_of_set(reid_set), metric=scores.metric, measures=scores.measures)
     notes = []
     if scoring.reranking or scoring.expansion:
-        notes.append("The lists are those of the features themselves, without re-ranking or query expansion.")
+        notes.append("The lists are those of the features themselves; average precision is that of the scores, re-ranked or expanded.")
     # Its class token gets no loss of its own, so the mean of the patches is asked where it looks.
     maps = functools.partial(maps_of_files, encoder, token="mean") if encoder is not None else None
     return write_ranked_page(
@@ -80,6 +97,7 @@ def draw_ranked_lists(run: Path, label: str, reid_set: ReidSet, evaluations: Map
             chosen_by="the pre-trained network",
             title=f"{label}: {word} pre-training",
             metric=after.scores[after.headline].metric,
+            average_precision=evaluations[model].scores[after.headline].average_precision,
         )
         relative = f"pictures/ranked_lists_{label.replace(' ', '-')}_{word}.png"
         (run / "pictures").mkdir(exist_ok=True)

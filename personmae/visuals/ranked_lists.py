@@ -55,20 +55,22 @@ def ranked_list_picture(
     num_nearest: int = 10,
     size: tuple[int, int] = (128, 64),
     metric: Metric = "cosine",
+    average_precision: npt.ArrayLike | None = None,
 ) -> Image.Image:
     """A row for each chosen query: the query, and its nearest gallery images by the evaluation's own ranking.
 
     query, gallery: all images, with features [Q, D] and [G, D] in their order. chosen: query indices; by default
     `choose_queries` of these features' own average precision. For a comparison give both pictures the same ones, and
     name in `chosen_by` whose average precision they were chosen by: the caption says it. size: (height, width) in
-    pixels of each image.
+    pixels of each image. average_precision: [Q] as it was scored, by whatever rules; by default that of the lists.
 
     Returns an RGB image; `.save(path)` writes it. Raises ValueError for features that do not fit the images.
     """
     query_labels, gallery_labels = labels_of(query), labels_of(gallery)
+    if average_precision is None:
+        average_precision = measure_queries(match_ranks(query_features, gallery_features, query_labels, gallery_labels, metric)).average_precision
     if chosen is None:
-        ranks = match_ranks(query_features, gallery_features, query_labels, gallery_labels, metric)
-        chosen = choose_queries(measure_queries(ranks).average_precision, num_queries)
+        chosen = choose_queries(average_precision, num_queries)
     caption = (
         f"{len(chosen)} of {len(query):,} queries, spread evenly over the quantiles of average precision (AP) by "
         f"{chosen_by}, worst first; not hand-picked. Green with a tick: the same person, from another camera. "
@@ -91,7 +93,7 @@ def ranked_list_picture(
         return sheet
     picked = np.asarray(query_features)[list(chosen)]
     picked_labels = labels_of([query[row] for row in chosen])
-    precision = measure_queries(match_ranks(picked, gallery_features, picked_labels, gallery_labels, metric)).average_precision
+    precision = np.asarray(average_precision, np.float64)[list(chosen)]
     nearest = nearest_gallery(picked, gallery_features, picked_labels, gallery_labels, num_nearest, metric)
     for row, index in enumerate(chosen):
         y = top + LINE_PX + row * (size[0] + GAP_PX)

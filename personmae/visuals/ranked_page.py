@@ -26,7 +26,7 @@ from personmae.configs import UserError
 from personmae.data.images import UnreadableImage, read_image, resize
 from personmae.data.records import PersonImage
 from personmae.evaluation.distances import FloatArray, Metric, open_space
-from personmae.evaluation.measures import measure_queries
+from personmae.evaluation.measures import QueryMeasures, measure_queries
 from personmae.evaluation.ranking import IntArray, Labels, match_ranks, nearest_gallery
 from personmae.visuals.attention_maps import colour_levels
 from personmae.visuals.ranked_page_parts import page
@@ -68,10 +68,14 @@ def rank_queries(
     *,
     metric: Metric = "cosine",
     num_nearest: int = 10,
+    measures: QueryMeasures | None = None,
 ) -> RankedLists:
-    """The lists of features [Q, D] and [G, D] by the evaluation's own distances and ranks; with what is left out, so that the page can show it."""
+    """The lists of features [Q, D] and [G, D] by the evaluation's own distances and ranks; with what is left out, so that the page can show it.
+
+    measures: average precision and first match as they were scored, by whatever rules; by default those of the lists.
+    """
     ranks = match_ranks(query_features, gallery_features, query, gallery, metric)
-    measures = measure_queries(ranks)
+    measures = measures or measure_queries(ranks)
     # As many more as are left out: then the wanted ones are among them.
     num_looked_at = num_nearest + int((len(gallery) - ranks.num_kept).max())
     nearest = nearest_gallery(query_features, gallery_features, query, gallery, num_looked_at, metric, leave_out="nothing")

@@ -135,16 +135,17 @@ section > :last-child { margin-bottom: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--quiet); font-size: .9rem; padding-bottom: .5rem; }
-th, td { padding: .36rem .7rem; text-align: left; white-space: nowrap; }
+th, td { padding: .36rem .55rem; text-align: left; white-space: nowrap; }
 thead th { border-bottom: 1px solid var(--line); color: var(--quiet); font-weight: 600; font-size: .9rem; }
 tbody th { font-weight: 600; }
 tbody tr:not(.first) th { color: transparent; }
 tbody tr.first:not(:first-child) > * { border-top: 1px solid var(--line); }
 tbody tr.pretrained th { border-left: 3px solid var(--accent); }
 th.number, td.number { text-align: right; }
+.interval { display: block; color: var(--quiet); font-size: .78rem; font-weight: 400; }
 .bar {
-  min-width: 11rem; print-color-adjust: exact; -webkit-print-color-adjust: exact;
-  background: linear-gradient(var(--bar) 0 0) left center / calc(var(--share) * .7) 62% no-repeat;
+  min-width: 7rem; print-color-adjust: exact; -webkit-print-color-adjust: exact;
+  background: linear-gradient(var(--bar) 0 0) left center / calc(var(--share) * .5) 100% no-repeat;
 }
 dl {
   display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .55rem 1.4rem;

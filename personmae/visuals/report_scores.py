@@ -9,15 +9,13 @@ from personmae.visuals.report_parts import entries, is_number, missing, text
 
 # The rows of evaluation.json that the tiles compare, by the names that `tasks/retrieval.py` gives them.
 PRETRAINED, RANDOM, HISTOGRAM = "pre-trained", "random initialisation", "colour histogram"
-# It stands for an encoder that was never fine-tuned: the class token gets no loss of its own.
-HEADLINE = "mean, whitened"
-
-SCORE_COLUMNS = (("mAP", "mAP"), ("rank1", "rank-1"), ("rank5", "rank-5"), ("rank10", "rank-10"), ("mINP", "mINP"))
+RATE_COLUMNS = tuple((f"TPR@FPR={rate}", f"TPR at FPR {rate}") for rate in ("1e-04", "1e-03", "1e-02", "1e-01"))
+SCORE_COLUMNS = (("mAP", "mAP"), ("rank1", "rank-1"), ("rank5", "rank-5"), ("rank10", "rank-10"), ("mINP", "mINP"), *RATE_COLUMNS)
 
 _EXPLANATION = (
     "mAP: mean average precision. rank-k: share of queries with a right image among the k nearest. mINP: mean inverse "
     "negative penalty. Images of the query's person from the query's own camera are left out; distractors "
-    "stay; ties go to the smaller gallery index. Cosine unless said otherwise. Whitened: after a PCA fitted on images "
+    "stay. Ties and all else by the rules that the notes name. Whitened: after a PCA fitted on images "
     "without labels. In brackets: 95 % confidence interval by bootstrap over people."
 )
 
@@ -61,7 +59,7 @@ def _cell(value: Any, best: float, interval: Sequence[Any], *, bar: bool) -> str
         return '<td class="number">&ndash;</td>'
     number = f"<strong>{100 * value:.1f}</strong>" if value == best else f"{100 * value:.1f}"
     if ends := _interval(interval):
-        number += f' <span class="quiet">{ends}</span>'
+        number += f'<span class="interval">{ends}</span>'
     if not bar:
         return f'<td class="number">{number}</td>'
     share = 100 * value / best if best > 0 else 0
@@ -81,7 +79,9 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
     shared = [feature for feature in after if feature in before]
     if not shared:
         return missing("There is no score both before and after pre-training, so there is no gain to state.")
-    feature = HEADLINE if HEADLINE in shared else shared[0]
+    # The class token of an encoder that was never fine-tuned gets no loss of its own.
+    means = [feature for feature in shared if str(feature).split(", ")[0] == "mean"] or shared
+    feature = next((feature for feature in means if "whitened" in str(feature)), means[0])
     tiles = []
     for key, label in (("mAP", "mAP"), ("rank1", "rank-1")):
         low, high = before[feature].get(key), after[feature].get(key)
@@ -113,6 +113,9 @@ def _details(evaluation: Any, row: Mapping[str, Any]) -> str:
     known = ""
     if evaluation.get("set"):
         known += f" on {text(evaluation['set'])}"
+    if row.get("convention"):
+        said = [row["convention"], row.get("metric"), row.get("processing")]
+        known += f", rules: {text(', '.join(str(word) for word in said if word))}"
     size = entries(evaluation, "size")
     if len(size) == 2:
         known += f", {text(size[0])} x {text(size[1])} px (height x width)"

@@ -126,8 +126,9 @@ def test_logits_far_below_zero(form, N, dtype):
         inputs["qkv"][:, :, 0] += 10
         inputs["qkv"][:, :, 1] -= 10
     ours, exact, plain = run(inputs)
-    # Were they not masked, keys past the end (logits of 0) would have infinite probabilities in the backward pass.
-    assert_close(ours, exact, plain, floor=1e-4 if dtype == torch.float32 else 2e-2)
+    # Were they not masked, keys past the end (logits of 0) would have infinite probabilities in the backward pass. Logits near -800 are rounded to
+    # 6e-5, and the gradient of q is a sum of keys near -10 whose weights add up to zero: a processor's order of summation shows in it.
+    assert_close(ours, exact, plain, floor=1e-3 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -78,8 +78,10 @@ def check_counts(name: str, reid_set: ReidSet) -> list[Finding]:
 def check_labels(reid_set: ReidSet) -> list[Finding]:
     """People who stand in train and test, queries that can find nothing, images listed twice."""
     findings = []
-    # Distractors are nobody in particular.
-    test_people = {image.person for image in reid_set.query + reid_set.gallery} - {0}
+    test_people = {image.person for image in reid_set.query + reid_set.gallery}
+    if 0 not in {image.person for image in reid_set.query}:
+        # Distractors: nobody in particular.
+        test_people -= {0}
     shared = sorted({image.person for image in reid_set.train} & test_people)
     if shared:
         findings.append(Finding("wrong", f"{len(shared):,} people are in train and in query or gallery, as {_examples(map(str, shared))}"))
@@ -95,7 +97,7 @@ def check_labels(reid_set: ReidSet) -> list[Finding]:
         text = f"{len(lost):,} of {len(reid_set.query):,} queries have no match from another camera and are left out of scores, as {_names(lost)}"
         findings.append(Finding("note", text))
     else:
-        findings.append(Finding("ok", "every query has a match from another camera"))
+        findings.append(Finding("ok", f"every query has a match{' from another camera' if reid_set.has_cameras else ' (cameras are not told)'}"))
     for part, images in reid_set.parts().items():
         twice = [path for path, number in Counter(image.path for image in images).items() if number > 1]
         if twice:

@@ -22,7 +22,7 @@ VERSIONS = {"V1": ("train", "test"), "V2 (faces blurred)": ("mask_train_v2", "ma
 TRAIN_LIST, VAL_LIST, QUERY_LIST, GALLERY_LIST = "list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt"
 # The lists number train and test people from 0 each. Test people are moved up by the number of train people, as fast-reid does.
 NUM_TRAIN_PEOPLE = 1041
-NUM_TRAIN_IMAGES = 30_248
+NUM_TRAIN_IMAGES, NUM_TRAIN_AND_VAL_IMAGES = 30_248, 32_621
 
 
 def has_lists(root: Path) -> bool:
@@ -65,8 +65,8 @@ def read_msmt17(root: Path, *, with_val: bool) -> ReidSet:
 def _read_repacked(root: Path, with_val: bool) -> ReidSet:
     found = read_market_layout(root)
     is_train_alone = len(found.train) == NUM_TRAIN_IMAGES
-    if found.train and is_train_alone == with_val:
-        holds = f"train alone ({NUM_TRAIN_IMAGES:,} images)" if is_train_alone else f"{len(found.train):,} images: train and val in one"
+    if is_train_alone == with_val and len(found.train) in (NUM_TRAIN_IMAGES, NUM_TRAIN_AND_VAL_IMAGES):
+        holds = f"{len(found.train):,} images: {'train alone' if is_train_alone else 'train and val in one'}"
         other = "msmt17" if with_val else "msmt17-trainval"
         raise UserError(f"{root} is MSMT17 repacked in Market-1501's layout, and holds {holds}; name it {other}")
     notes = [f"MSMT17 repacked in Market-1501's layout (no lists in {root})"]
