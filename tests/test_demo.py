@@ -70,7 +70,7 @@ def test_other_rules_and_a_page_elsewhere_take_nothing_from_the_report(demo, tmp
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["evaluate", "--checkpoint", "nowhere.safetensors", "--data", "x"], "nowhere.safetensors"),
+        (["evaluate", "--checkpoint", "nowhere.safetensors", "--data", "x"], "no such folder: x"),
         (["evaluate"], "--features"),
         (["evaluate", "--features", "nowhere.npz"], "nowhere.npz"),
         (["evaluate", "--features", "x.npz", "--as", "nobody"], "nobody"),
