@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from personmae.configs import UserError, parse_flags, to_plain, user_errors_exit
-from personmae.data.image_index import ImageIndex, build_index, check_source
+from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.images import UnreadableImage, sample_box
 from personmae.data.kept_index import keep_index, read_kept_index
 from personmae.data.loaders import RegionBatch, open_loader
+from personmae.data.packs.manifest import is_pack
 from personmae.data.plan import BatchPlan, Plan
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.masked import PersonMAE, RegionInputs, longest_sequence
@@ -338,8 +339,8 @@ def open_index(config: PretrainConfig) -> ImageIndex:
     goes_on = bool(list_checkpoints(config.run_dir / "checkpoints")) and kept.exists()
     if goes_on:
         began_with = read_kept_index(kept)
-        if began_with.source == config.data.source.absolute():
-            check_source(config.data.source, config.data.index_dir, config.data.verify)
+        # A pack has an index of its own, which says where its images lie now; whether they are the same ones is asked of the checkpoint.
+        if began_with.source == config.data.source.absolute() and not is_pack(config.data.source):
             print(f"images: the {len(began_with.index)} that the run began with ({kept})")
             return began_with.index
     index = build_index(config.data.source, config.data.index_dir, verify=config.data.verify)

@@ -5,6 +5,7 @@ import os
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from personmae.configs import UserError
 from personmae.data.frames import FrameFolder, FrameVideo, open_frames
@@ -63,10 +64,30 @@ def test_frames_by_name(tmp_path):
         (tmp_path / name).write_bytes(b"")
     frames = FrameFolder(tmp_path, by_name=True)
     # Sorted: a/x.png, b/x.png, b/y z.jpg, b/y z.png.
-    assert frames.find(["b/x.png", "./a/x.png", "b\\x.png", "else/y z.jpg", "../../etc/passwd", "q"]).tolist() == [1, 0, 1, 2, -1, -1]
+    assert frames.find(["b/x.png", "./a/x.png", "b\\x.png", "y z.jpg", "../../etc/passwd", "q"]).tolist() == [1, 0, 1, 2, -1, -1]
+    # Folders of another machine are passed over where none of them is one of ours, else a namesake is another image.
+    assert frames.find(["else/y z.jpg", "q"]).tolist() == [2, -1]
+    assert frames.find(["else/y z.jpg", "a/x.png"]).tolist() == [-1, 0]
     for name, both in (("x.png", "a/x.png or .*b/x.png"), ("y z", "y z.jpg or .*y z.png")):
         with pytest.raises(UserError, match=both):
             frames.find([name])
+
+
+def test_numbers_of_too_many_digits(tmp_path):
+    write_frames(tmp_path, [0], "2023010112000012345678.png")
+    with pytest.raises(UserError, match="too many digits; say by --frame-pattern"):
+        FrameFolder(tmp_path)
+
+
+def test_turned_frames_are_shown_upright(tmp_path):
+    pixels = frame_pixels(0)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees, clockwise
+    Image.fromarray(pixels).save(tmp_path / "1.png", exif=exif)
+    frames = FrameFolder(tmp_path)
+    sizes = frames.sizes(np.array([0]), 1)
+    assert (sizes.heights[0], sizes.widths[0]) == (WIDTH, HEIGHT)
+    assert np.array_equal(frames.deliver(0)(), np.rot90(pixels, -1))
 
 
 def test_names_that_are_no_text(tmp_path):

@@ -93,6 +93,7 @@ def test_the_sbatch_file_trains_on_two_machines_and_outlives_a_worker(tmp_path):
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
     }
     command = ["bash", "-eu", "pretrain.sbatch"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -118,7 +119,7 @@ def test_the_sbatch_file_trains_on_two_machines_and_outlives_a_worker(tmp_path):
     assert (run / "encoder.safetensors").exists()
 
     asked = json.loads((tmp_path / "asked.json").read_text())
-    assert asked["srun"] == ["--kill-on-bad-exit=1"]
+    assert asked["srun"] == ["--kill-on-bad-exit=1", "--cpus-per-task=1"]
     assert f"--rdzv-id={run_id}" in asked["torchrun"]
     assert "--rdzv-endpoint=127.0.0.1:29500" in asked["torchrun"]
     config = pretrain.from_command_line(asked["program"])

@@ -1,5 +1,6 @@
 """Reading packs: the same samples as from files, by both loaders; what is wrong with a pack is told at the start or replaced on the way."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -66,6 +67,33 @@ def test_batches_are_those_of_the_files(kind, people, packed, build):
     files, ours = build(people), build(packed)
     expected = batches(files, plan_of(files), config_of(kind), last=9)
     assert_equal_batches(batches(ours, plan_of(ours), config_of(kind), last=9), expected)
+
+
+def test_what_a_pack_says_of_an_image_is_looked_at_before_it_is_decoded(packed, build):
+    index = build(packed)
+    heights = index.heights.copy()
+    heights[3] += 1
+    wrong = dataclasses.replace(index, heights=heights)
+    with pytest.raises(UnreadableImage, match=r"is \d+ x \d+ pixels \(w x h\), and its pack says"):
+        wrong.image(3)
+    assert np.array_equal(wrong.image(4), index.image(4))
+
+
+def test_a_run_goes_on_from_a_pack_that_was_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = draw_crops(tmp_path / "crops")
+    pack(source, tmp_path / "pack")
+    flags = [*SMALL, "--data.source", str(tmp_path / "pack"), "--run-dir", str(tmp_path / "run"), "--schedule.steps", "4", "--checkpoint-every", "2"]
+    config = pretrain.from_command_line(flags)
+    pretrain.main(config)
+    expected = weights_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "pack")
+    # The same images, in other shards.
+    pack(source, tmp_path / "pack", seed=1)
+    (tmp_path / "run" / "checkpoints" / "step_0000004.pt").unlink()
+    pretrain.main(config)
+    assert all(torch.equal(values, expected[name]) for name, values in weights_of(tmp_path / "run").items())
+    assert not (tmp_path / "run" / "quarantine.tsv").exists()
 
 
 @both_loaders

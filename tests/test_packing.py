@@ -536,6 +536,12 @@ def test_a_cut_archive_is_told_at_once(tmp_path, people):
         pack(tmp_path / "a.tar.gz", tmp_path / "pack")
     (tmp_path / "a.tar.gz").write_bytes(whole)
     assert pack(tmp_path / "a.tar.gz", tmp_path / "pack").num_images == 30
+    # Another process of the same command finds all done too, and another archive is not taken for this one.
+    assert pack(tmp_path / "a.tar.gz", tmp_path / "pack", share=Share(rank=1, world_size=2)) is None
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        tar.add(people / "new.jpg" if (people / "new.jpg").exists() else next(people.rglob("*.jpg")), "b.jpg")
+    with pytest.raises(UserError, match="another source"):
+        pack(tmp_path / "b.tar.gz", tmp_path / "pack")
     (tmp_path / "b.tar").write_bytes(gzip.decompress(whole)[:-20_000])
     with pytest.raises(UserError, match="get it again"):
         pack(tmp_path / "b.tar", tmp_path / "pack 2")

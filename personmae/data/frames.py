@@ -26,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.images import UInt8Array, UnreadableImage, decode, read_bytes, read_header
+from personmae.data.images import UInt8Array, UnreadableImage, decode, read_bytes, read_header, read_orientation, turn_upright
 from personmae.data.sources import list_source
 
 # What a header fits into, but for some with long profiles or previews.
 _HEADER_BYTES = 1 << 16
 # A frame of 8K video is 33 million pixels.
+MAX_FRAME_NUMBER = 2**53
 MAX_FRAME_PIXELS = 200_000_000
 # Reading on past frames that do not decode: so many at most, then the video has ended.
 _MAX_DAMAGED_FRAMES = 64
@@ -101,22 +102,23 @@ class FrameFolder:
         if not self.by_name:
             return np.fromiter((self._index_of_number.get(int(frame), -1) for frame in frames), dtype=np.int64)
         # Ever shorter names: the first that a file answers to decides.
-        ways: tuple[Callable[[str], str], ...] = (str, posixpath.basename, _stem)
-        tables = []
-        for way in ways:
-            table: dict[str, list[int]] = {}
+        tables: list[dict[str, list[int]]] = []
+        for way in (str, posixpath.basename, _stem):
+            tables.append({})
             for index, name in enumerate(self._names):
-                table.setdefault(way(os.fsdecode(name)), []).append(index)
-            tables.append(table)
-        return np.fromiter((self._find_name(str(frame), tables) for frame in frames), dtype=np.int64)
+                tables[-1].setdefault(way(os.fsdecode(name)), []).append(index)
+        asked = [posixpath.normpath(str(frame).replace("\\", "/")) for frame in frames]
+        # Where folders are those of the images, a namesake in another folder is another image.
+        with_folders = any("/" in name and name in tables[0] for name in asked)
+        found = (self._find_name(name, tables[:1] if with_folders and "/" in name else tables) for name in asked)
+        return np.fromiter(found, dtype=np.int64)
 
-    def _find_name(self, frame: str, tables: list[dict[str, list[int]]]) -> int:
-        asked = posixpath.normpath(frame.replace("\\", "/"))
+    def _find_name(self, asked: str, tables: list[dict[str, list[int]]]) -> int:
         base = posixpath.basename(asked)
-        for key, table in zip((asked, base, base), tables, strict=True):
+        for key, table in zip((asked, base, base), tables, strict=False):
             if found := table.get(key):
                 if len(found) > 1:
-                    raise UserError(f"{self.path}: the image {frame!r} may be {self.source(found[0])} or {self.source(found[1])}; give its path")
+                    raise UserError(f"{self.path}: the image {asked!r} may be {self.source(found[0])} or {self.source(found[1])}; give its path")
                 return found[0]
         return -1
 
@@ -302,11 +304,13 @@ def _size_of(path: Path) -> tuple[int, int]:
         header = read_header(read_bytes(path), path)
     if header.height * header.width > MAX_FRAME_PIXELS:
         raise UnreadableImage(path, f"too large: {header.width} x {header.height} pixels (w x h), at most {MAX_FRAME_PIXELS} in all")
-    return header.height, header.width
+    # As the tools show it that boxes come from.
+    return (header.width, header.height) if read_orientation(beginning) >= 5 else (header.height, header.width)
 
 
 def _read_frame(path: Path) -> UInt8Array:
-    return decode(read_bytes(path), path)
+    data = read_bytes(path)
+    return turn_upright(decode(data, path), read_orientation(data))
 
 
 def _stem(name: str) -> str:
@@ -324,6 +328,8 @@ def _numbers(folder: Path, names: list[str], pattern: str | None) -> dict[int, i
                 f"{folder}: {names[other]} and {names[index]} are both frame {number}; give one sequence's folder, or say by --frame-pattern which "
                 "files are frames"
             )
+    if found and max(found.values()) > MAX_FRAME_NUMBER:
+        raise UserError(f"{folder}: frame number {max(found.values())} has too many digits; say by --frame-pattern where the number stands")
     if not found:
         how = f"matches --frame-pattern {pattern!r}" if pattern else "has a number in its name, such as 000001.jpg"
         raise UserError(f"{folder}: none of its {len(names)} images {how}")

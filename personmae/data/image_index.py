@@ -29,7 +29,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from personmae.configs import UserError
-from personmae.data.images import UInt8Array, UnreadableImage, decode, read_bytes
+from personmae.data.images import UInt8Array, UnreadableImage, decode, read_bytes, read_header
 from personmae.data.packs.manifest import Verify, is_pack
 from personmae.data.sources import Listing, list_source
 from personmae.data.storage import FileStorage, Storage
@@ -90,6 +90,12 @@ class ImageIndex:
             raise UnreadableImage(self.path(sample), f"changed since it was indexed: {self.num_bytes[sample]} bytes then, {len(data)} now")
         if zlib.crc32(data) != self.checksums[sample]:
             raise UnreadableImage(self.path(sample), "changed since it was indexed: other content of the same length")
+        if not isinstance(self.storage, FileStorage):
+            # Who wrote a pack wrote its checksums too: what it says of an image is looked at before anything is decoded.
+            header = read_header(data, self.path(sample))
+            if (header.height, header.width) != (self.heights[sample], self.widths[sample]):
+                said = f"{self.widths[sample]} x {self.heights[sample]}"
+                raise UnreadableImage(self.path(sample), f"is {header.width} x {header.height} pixels (w x h), and its pack says {said}")
         return data
 
     def image(self, sample: int) -> UInt8Array:  # -> [H, W, 3] RGB
@@ -166,15 +172,6 @@ def build_index(
         first, reason = index.rejected[0]
         raise UserError(f"none of the {len(index.rejected)} images of {source} can be used; the first is {first}: {reason}")
     return index
-
-
-def check_source(source: Path, cache_dir: Path | None, verify: Verify) -> None:
-    """Check the files of a source that is a pack, for a run that goes on with the index it has kept; images in files of
-    their own are checked as they are read. Raises UserError naming a file that is not as it was packed."""
-    if is_pack(source):
-        from personmae.data.packs.opening import check_pack
-
-        check_pack(source, cache_dir or default_cache_dir(source), verify=verify)
 
 
 def default_cache_dir(source: Path) -> Path:

@@ -103,7 +103,7 @@ def _check(config: CropConfig, plans: Sequence[CropPlan], rejected: Sequence[Rej
 
 
 def _parameters(config: CropConfig, sequences: Sequence[FrameSequence], sources: Sequence[Frames]) -> dict[str, Any]:
-    """What decides what is cut: settings and the contents of the inputs, wherever they lie."""
+    """What decides what is cut: settings, the contents of the box files and the names of the frames, wherever they lie."""
     settings = {name: value for name, value in to_plain(config).items() if name not in _FREE}
     inputs = {
         sequence.name: {"boxes": _digest(sequence.boxes), "frames": frames.digest(), "camera": sequence.camera}

@@ -93,7 +93,8 @@ def capture_cuda_graph(function: Callable[[], BatchResult]) -> tuple[Callable[[]
     """See `Capture`. Raises RuntimeError where the function makes the host wait, or allocates in a way that a graph cannot hold."""
     graph = torch.cuda.CUDAGraph()
     # Loader threads may ask the driver for memory meanwhile: that is no business of the capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Of a capture that fails, the stream stays the current one: the outer context puts the right one back.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 

@@ -231,7 +231,11 @@ def start_processes(device: str = "auto") -> Processes:
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if len(missing) == len(needed) or (missing and os.environ.get("WORLD_SIZE", "1") == "1"):
-        return Processes(device=choose_device(device, local_rank=None))
+        alone = choose_device(device, local_rank=None)
+        if alone.type == "cuda":
+            # What names no device (streams, CUDA graphs) is then on this one.
+            torch.cuda.set_device(alone)
+        return Processes(device=alone)
     if missing:
         raise UserError(
             f"the environment sets WORLD_SIZE={os.environ.get('WORLD_SIZE')} but not {', '.join(missing)}; "

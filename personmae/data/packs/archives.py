@@ -104,8 +104,8 @@ def read_zip_entry(descriptor: int, numbers: tuple[int, int, int, int], path: Pa
 def list_tar(path: Path) -> Iterator[ArchiveEntry]:
     """The images of an uncompressed tar archive. numbers: offset and length of the content, 0, 0. Raises UserError if the archive is cut or
     damaged."""
-    size = path.stat().st_size
     try:
+        size = path.stat().st_size
         with open(path, "rb", buffering=0) as file, tarfile.TarFile(fileobj=cast(IO[bytes], _HeaderReader(file))) as archive:
             before = -1
             while (entry := archive.next()) is not None:

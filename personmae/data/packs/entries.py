@@ -87,6 +87,14 @@ def decompress_source(source: Path, work: Path) -> None:
         decompress_tar(source, target)
 
 
+def compressed_identity(source: Path) -> str:
+    """What tells a .tar.gz from another without decompressing it: its length, and its last 8 bytes, gzip's checksum and length of the content."""
+    with open(source, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 8))
+        return f"{length}-{file.read(8).hex()}"
+
+
 def list_entries(source: Path, kind: SourceKind, place: Path) -> Entries:
     """What the source holds. place: its `spool_file`. Raises UserError if that cannot be read or holds no image."""
     if kind == "files":

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from personmae.configs import UserError
 from personmae.data.packs.atomic import whole_file, write_whole
 from personmae.data.packs.duplicates import Duplicates
-from personmae.data.packs.entries import Entries
+from personmae.data.packs.entries import Entries, compressed_identity
 from personmae.data.packs.examining import PackSettings
 from personmae.data.packs.jobs import ShardRecord
 from personmae.data.packs.manifest import MANIFEST_FILE, Manifest, PackedFile, manifest_bytes
@@ -75,7 +75,12 @@ def join_shards(
         counts=counts,
         statistics=_statistics([record for _, record in written], heights, widths, columns["lengths"]),
         settings=settings.describe(),
-        source={"name": source.name, "kind": entries.kind, "listing": entries.listing},
+        source={
+            "name": source.name,
+            "kind": entries.kind,
+            "listing": entries.listing,
+            **({"compressed": compressed_identity(source)} if entries.kind == "tar.gz" else {}),
+        },
         shards=tuple(PackedFile(shard_name(number), record.num_bytes, record.sha256, len(record.columns["rows"])) for number, record in written),
         columns=tuple(write_column(folder, name, column) for name, column in columns.items()),
     )

@@ -9,6 +9,7 @@ removed in the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from personmae.configs import UserError
 from personmae.data.packs.atomic import PARTIAL_SUFFIX, whole_file, write_whole
 from personmae.data.packs.crew import do_jobs
 from personmae.data.packs.duplicates import Duplicates, find_exact, find_near
-from personmae.data.packs.entries import Entries, SourceKind, decompress_source, list_entries, source_kind, spool_file
+from personmae.data.packs.entries import Entries, SourceKind, compressed_identity, decompress_source, list_entries, source_kind, spool_file
 from personmae.data.packs.examining import REJECTED, PackSettings
 from personmae.data.packs.jobs import Job, Verdicts, read_record, read_verdicts, record_file, verdicts_file
 from personmae.data.packs.joining import join_shards
@@ -83,7 +84,7 @@ def _pack(
             say(f"decompressing {source}: it is read in random order afterwards")
             decompress_source(source, work)
     else:
-        _wait_for(lambda: plan_file.exists() or manifest_file.exists() or None, lambda: None, "process 0 to begin", say)
+        _wait_for(lambda: plan_file.exists() or manifest_file.exists() or None, lambda: _sizes(work), "process 0 to begin", say)
     entries = list_entries(source, kind, spool_file(source, kind, work))
     _check_plan(plan_file, entries, settings, writes=share.rank == 0)
     shards = _Shards(folder, entries, permutation(settings.seed, 0, len(entries)), settings, np.zeros(len(entries), dtype=bool))
@@ -114,11 +115,12 @@ def _find_duplicates(shards: _Shards, mine: range, share: Share, say: Callable[[
     """Examine this process's shards; process 0 decides when all are examined, the others wait for its decision."""
     folder = shards.folder
     file = folder / WORK_FOLDER / "duplicates.npz"
-    shards.do("examine", [number for number in mine if not verdicts_file(folder, number).exists()], share, progress)
+    shards.do("examine", [number for number in mine if read_verdicts(folder, number) is None], share, progress)
     if share.rank == 0:
         verdicts = _wait_for_all(lambda number: read_verdicts(folder, number), verdicts_file, folder, shards.number, "examined", say)
         return _decide(verdicts, shards.order, shards.settings, file, say)
-    _wait_for(lambda: file.exists() or (folder / MANIFEST_FILE).exists() or None, lambda: None, "process 0 to find the duplicates", say)
+    work = folder / WORK_FOLDER
+    _wait_for(lambda: file.exists() or (folder / MANIFEST_FILE).exists() or None, lambda: _sizes(work), "process 0 to find the duplicates", say)
     try:
         with np.load(file, allow_pickle=False) as saved:
             return Duplicates(saved["rows"], saved["originals"], saved["bits"])
@@ -178,7 +180,11 @@ def _finished(source: Path, folder: Path, settings: PackSettings, say: Callable[
         raise UserError(f"{folder} is a pack with other settings ({'; '.join(changed)}); {another}")
     kind = source_kind(source)
     # The listing of a .tar.gz would take as long as decompressing it.
-    if kind != "tar.gz" and list_entries(source, kind, spool_file(source, kind, folder)).listing != manifest.source.get("listing"):
+    if kind == "tar.gz":
+        same = compressed_identity(source) == manifest.source.get("compressed")
+    else:
+        same = list_entries(source, kind, spool_file(source, kind, folder)).listing == manifest.source.get("listing")
+    if not same:
         raise UserError(f"{folder} is a pack of another source than {source} is now; {another}")
     shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
     say(f"{folder} is packed already: {manifest.num_images} images")
@@ -271,6 +277,16 @@ def _wait_for_all(
     if lost:
         raise UserError(f"shard {lost[0]} has gone since it was {word}; start the same command again")
     return [value for value in values if value is not None]
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    """The files of a folder with their lengths: they change as long as any process works."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((entry.name, entry.stat().st_size))
+    return sorted(found)
 
 
 def _wait_for(ready: Callable[[], Value | None], state: Callable[[], Any], what: str, say: Callable[[str], object]) -> Value:

@@ -18,6 +18,7 @@ from personmae.data.image_index import ImageIndex
 from personmae.data.packs.joining import REJECTED_FILE
 from personmae.data.packs.manifest import Manifest, PackedFile, Verify, read_manifest
 from personmae.data.storage import ShardStorage
+from personmae.data.verdicts import MAX_SIDE_PX
 
 _COLUMNS: dict[str, type[np.generic]] = {
     "shards": np.int32,
@@ -175,11 +176,13 @@ def _problem(columns: dict[str, npt.NDArray[Any]], manifest: Manifest) -> str | 
     if len(shards) and not (shards.min() >= 0 and shards.max() < len(manifest.shards)):
         return "it names a shard that is not there"
     lengths = np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64)
-    ends = columns["positions"] + columns["lengths"]
-    if (columns["positions"] < 0).any() or (columns["lengths"] < 0).any() or (ends > lengths[shards]).any():
+    # Not their sum, which may be beyond 64 bits.
+    if (columns["positions"] < 0).any() or (columns["lengths"] < 0).any() or (columns["positions"] > lengths[shards] - columns["lengths"]).any():
         return "an image lies outside of its shard"
     if (np.minimum(columns["heights"], columns["widths"]) < 1).any():
         return "an image has no pixels"
+    if (np.maximum(columns["heights"], columns["widths"]) > MAX_SIDE_PX).any():
+        return f"an image has a side of more than {MAX_SIDE_PX} pixels"
     return None
 
 
