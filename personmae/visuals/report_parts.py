@@ -145,7 +145,7 @@ th.number, td.number { text-align: right; }
 .interval { display: block; color: var(--quiet); font-size: .78rem; font-weight: 400; }
 .bar {
   min-width: 7rem; print-color-adjust: exact; -webkit-print-color-adjust: exact;
-  background: linear-gradient(var(--bar) 0 0) left center / calc(var(--share) * .5) 100% no-repeat;
+  background: linear-gradient(var(--bar) 0 0) left center / calc(var(--share) * .42) 100% no-repeat;
 }
 dl {
   display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .55rem 1.4rem;
