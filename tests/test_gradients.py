@@ -6,13 +6,13 @@ import torch
 from personmae.configs import UserError
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig, PersonMAE, RegionInputs
-from personmae.models.masking import MaskingConfig, draw_masks
+from personmae.models.masking import MaskingConfig
 from personmae.models.teacher import TeacherConfig, build_teacher
 from personmae.models.vit import VitConfig
 from personmae.training.ema import MovingAverage
 from personmae.training.gradients import CapturedGradients, choose_capture, compute_gradients
 from personmae.training.optimisers import OptimiserConfig, build_optimiser, update_weights
-from personmae_kernels.sample_random import Stream, sample_seeds
+from tests.test_fused_convergence import draw_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = MaskedConfig(
@@ -24,13 +24,7 @@ CONFIG = MaskedConfig(
 
 
 def batch(number, size=3, device=CPU):
-    generator = torch.Generator().manual_seed(number)
-    images = torch.randint(0, 256, (2, size, *CONFIG.encoder.image_size, 3), dtype=torch.uint8, generator=generator)
-    corners = torch.randint(0, 40, (size, 2, 2), generator=generator)
-    boxes = torch.cat([corners, corners + torch.randint(20, 60, (size, 2, 2), generator=generator)], dim=2).int()
-    masks = draw_masks(CONFIG.masking, CONFIG.encoder.grid, sample_seeds(0, number, range(size), Stream.MASK))
-    flips = torch.rand(size, 2, generator=generator) < 0.5
-    return RegionInputs(*(tensor.to(device) for tensor in (images[0], images[1], boxes, flips, masks.mask, masks.visible)))
+    return RegionInputs(*(tensor.to(device) for tensor in draw_batch(CONFIG, size, number)))
 
 
 class Recorder:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from personmae.configs import UserError
+from personmae.data.atomic import whole_file
 from personmae.data.image_index import ImageIndex
 from personmae.data.storage import FileStorage, ShardStorage, Storage
 
@@ -39,22 +40,13 @@ def keep_index(source: Path, index: ImageIndex, path: Path) -> None:
         "names": index.names,
         "rejected": json.dumps(index.rejected).encode(),
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            arrays: dict[str, Any] = {name: getattr(index, name) for name in _COLUMNS}
-            arrays |= {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
-            if isinstance(index.storage, ShardStorage):
-                arrays["shards"] = np.frombuffer(json.dumps(index.storage.shards).encode(), dtype=np.uint8)
-                arrays |= {"shard_numbers": index.storage.shard_numbers, "positions": index.storage.positions}
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or give write permission there") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in _COLUMNS}
+    arrays |= {name: np.frombuffer(text, dtype=np.uint8) for name, text in texts.items()}
+    if isinstance(index.storage, ShardStorage):
+        arrays["shards"] = np.frombuffer(json.dumps(index.storage.shards).encode(), dtype=np.uint8)
+        arrays |= {"shard_numbers": index.storage.shard_numbers, "positions": index.storage.positions}
+    with whole_file(path, "make room or give write permission there") as file:
+        np.savez(file, **arrays)
 
 
 def read_kept_index(path: Path) -> KeptIndex:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
+from personmae.data.atomic import whole_file
 from personmae.data.records import GALLERY_CAMERA, JUNK_PERSON, QUERY_CAMERA
 from personmae.evaluation.feature_containers import Variables, read_mat, read_npz, read_torch
 from personmae.evaluation.inputs import id_array
@@ -103,17 +104,8 @@ def write_feature_file(path: Path, features: FeatureFile) -> None:
         paths = getattr(features, f"{part}_paths")
         if paths is not None:
             columns[f"{part}_paths"] = np.array(paths, np.str_)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, **columns)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or give write permission there") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, "make room or give write permission there") as file:
+        np.savez(file, **columns)
 
 
 @dataclass(frozen=True)

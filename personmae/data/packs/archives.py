@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from personmae.configs import UserError
+from personmae.data.atomic import whole_file
 from personmae.data.images import UnreadableImage
-from personmae.data.packs.atomic import whole_file
 from personmae.data.sources import IMAGE_SUFFIXES
 
 # JPEG, PNG and WebP hardly shrink any further; a flat bitmap may, so the rule begins at some size.

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
+from personmae.data.atomic import whole_file
 from personmae.data.images import UnreadableImage
-from personmae.data.packs.atomic import whole_file
 from personmae.data.packs.entries import EntryReader, SourceKind, open_reader
 from personmae.data.packs.examining import EXAMINED, REJECTED, PackSettings, examine, plan_again
 from personmae.data.packs.manifest import WORK_FOLDER

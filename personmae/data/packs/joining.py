@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.packs.atomic import whole_file, write_whole
+from personmae.data.atomic import whole_file, write_whole
 from personmae.data.packs.duplicates import Duplicates
 from personmae.data.packs.entries import Entries, compressed_identity
 from personmae.data.packs.examining import PackSettings

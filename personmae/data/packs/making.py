@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.packs.atomic import PARTIAL_SUFFIX, whole_file, write_whole
+from personmae.data.atomic import PARTIAL_SUFFIX, whole_file, write_whole
 from personmae.data.packs.crew import do_jobs
 from personmae.data.packs.duplicates import Duplicates, find_exact, find_near
 from personmae.data.packs.entries import Entries, SourceKind, compressed_identity, decompress_source, list_entries, source_kind, spool_file

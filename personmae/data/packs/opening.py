@@ -84,11 +84,6 @@ def map_pack(folder: Path, manifest: Manifest) -> ImageIndex:
     )
 
 
-def check_pack(folder: Path, cache_dir: Path, *, verify: Verify = "auto") -> None:
-    """Check the files of a pack without opening it: for a run that goes on with the index it has kept."""
-    check_files(folder, read_manifest(folder), cache_dir, verify=verify)
-
-
 def check_files(folder: Path, manifest: Manifest, cache_dir: Path, *, verify: Verify, num_workers: int | None = None) -> int:
     """Check lengths, and SHA-256 unless verify is "no"; "auto" passes over files whose length and modification time are those of their last check.
 

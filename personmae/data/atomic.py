@@ -14,10 +14,10 @@ PARTIAL_SUFFIX = ".partial"
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, cure: str = "make room or give write permission there, then start it again") -> Iterator[IO[bytes]]:
     """A new file under a temporary name, which gets its own when the body ends: flushed to the disk, in place of an older one.
 
-    Raises UserError naming the file and the cure if the disk refuses; nothing is left behind then.
+    Raises UserError naming the file and the cure, in words, if the disk refuses; nothing is left behind then.
     """
     # The process in the name: one that outlived its killed parent may still be writing the same file.
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
         _flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or give write permission there, then start it again") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {cure}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
