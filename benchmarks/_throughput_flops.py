@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._throughput_inputs import noise_batch
 from personmae import pretrain
-from personmae.recipes import PretrainConfig
+from personmae.recipes.pretraining import PretrainConfig
 from personmae_kernels.launching import use_operators
 
 # GFLOP an image on which the speeds aimed at were reckoned: for these presets, half of the patches masked.

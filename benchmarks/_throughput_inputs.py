@@ -15,7 +15,7 @@ from personmae.data.image_index import build_index
 from personmae.data.loaders import LoaderConfig, RegionBatch, open_loader
 from personmae.data.mannequins import MannequinsConfig, draw_mannequins
 from personmae.data.plan import Plan
-from personmae.recipes import PretrainConfig
+from personmae.recipes.pretraining import PretrainConfig
 
 
 class Feed(Protocol):

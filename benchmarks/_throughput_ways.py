@@ -22,7 +22,7 @@ from benchmarks._throughput_peers import PlainMAE
 from personmae import pretrain
 from personmae.data.loaders import RegionBatch
 from personmae.models.masked import RegionInputs
-from personmae.recipes import PretrainConfig
+from personmae.recipes.pretraining import PretrainConfig
 from personmae.training.ema import MovingAverage
 from personmae.training.optimisers import build_optimiser, decay_groups, update_weights
 from personmae.training.precision import autocast

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks._measure import RESULTS, spread, write_result
 from personmae import demo, pretrain
 from personmae.configs import UserError, user_errors_exit
-from personmae.recipes import DemoConfig, RetrievalConfig
+from personmae.recipes.programs import DemoConfig, RetrievalConfig
 from personmae.tasks import retrieval
 
 

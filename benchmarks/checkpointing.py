@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, spread, write_result
 from personmae.pretrain import build_models
-from personmae.recipes import pretrain_presets
+from personmae.recipes.pretraining import pretrain_presets
 from personmae.training.checkpoint_writer import CheckpointWriter
 from personmae.training.checkpoints import load_checkpoint, save_checkpoint
 from personmae.training.optimisers import build_optimiser

@@ -32,7 +32,7 @@ from benchmarks._throughput_inputs import Source, jpeg_source, noise_batch, nois
 from benchmarks._throughput_timing import Lengths, Timing, free_memory, measure_ceiling, time_in_turns
 from benchmarks._throughput_ways import WAYS, Trainer, Way, begin, make_trainer
 from personmae.data.loaders import LoaderConfig
-from personmae.recipes import PretrainConfig, pretrain_presets
+from personmae.recipes.pretraining import PretrainConfig, pretrain_presets
 
 # Presets that all ways are timed for; of the others ours alone.
 COMPARED = ("vit-nano", "vit-small", "vit-base")

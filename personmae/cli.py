@@ -68,28 +68,28 @@ def _run(command: str, arguments: list[str]) -> None:
         pretrain.main(pretrain.from_command_line(arguments, program))
     elif command == "demo":
         from personmae import demo
-        from personmae.recipes import DemoConfig
+        from personmae.recipes.programs import DemoConfig
 
         demo.main(_parse(DemoConfig, program, demo, arguments))
     elif command == "evaluate":
-        from personmae.recipes import RetrievalConfig
+        from personmae.recipes.programs import RetrievalConfig
         from personmae.tasks import retrieval
 
         retrieval.main(_parse(RetrievalConfig, program, retrieval, arguments))
     elif command == "data":
         _run_data(arguments)
     elif command == "pack":
-        from personmae.recipes import PackConfig
+        from personmae.recipes.programs import PackConfig
         from personmae.tasks import packing
 
         packing.main(_parse(PackConfig, program, packing, arguments))
     elif command == "crop":
-        from personmae.recipes import CropConfig
+        from personmae.recipes.programs import CropConfig
         from personmae.tasks import cropping
 
         cropping.main(_parse(CropConfig, program, cropping, arguments))
     else:
-        from personmae.recipes import DrawConfig
+        from personmae.recipes.programs import DrawConfig
         from personmae.tasks import drawing
 
         drawing.main(_parse(DrawConfig, program, drawing, arguments))
@@ -104,7 +104,7 @@ def _run_data(arguments: list[str]) -> None:
         print("\n".join(f"{name:{width}}  {description}" for name, description in REID_SETS.items()))
         print("\n`data check` also takes luperson (no query, no gallery) and auto (finds out which set it is).")
     elif what == ["check"]:
-        from personmae.recipes import DataCheckConfig
+        from personmae.recipes.programs import DataCheckConfig
         from personmae.tasks import data_check
 
         raise SystemExit(data_check.main(_parse(DataCheckConfig, "personmae data check", data_check, rest)))

@@ -1,6 +1,6 @@
 """Typed configurations: frozen dataclasses to and from JSON, and command-line flags over named presets.
 
-A part's own config sits at the top of that part's file; whole runs compose them in `recipes.py`. This module knows none of them.
+A part's own config sits at the top of that part's file; whole runs compose them in `recipes/`. This module knows none of them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ def user_errors_exit() -> Iterator[None]:
             rank = os.environ.get("RANK", "0")
             print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises UserError naming the first of these settings that is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
 
 
 def to_plain(config: object) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 from personmae import pretrain
 from personmae.configs import UserError
 from personmae.data.mannequins import MannequinsConfig, MannequinsLayout, draw_mannequins
-from personmae.recipes import DemoConfig, RetrievalConfig, vit_nano
+from personmae.recipes.pretraining import vit_nano
+from personmae.recipes.programs import DemoConfig, RetrievalConfig
 from personmae.tasks import retrieval
 
 

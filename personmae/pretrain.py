@@ -27,7 +27,7 @@ from personmae.models.masking import draw_masks
 from personmae.models.teacher import Teacher, build_teacher
 from personmae.models.vit import VisionTransformer
 from personmae.models.weights import save_encoder
-from personmae.recipes import FREE_SETTINGS, PretrainConfig, pretrain_presets
+from personmae.recipes.pretraining import FREE_SETTINGS, PretrainConfig, pretrain_presets
 from personmae.training.blocks import choose_compilation, set_blocks
 from personmae.training.checkpoint_writer import CheckpointWriter
 from personmae.training.checkpoints import list_checkpoints

@@ -29,7 +29,7 @@ from personmae.models.attention import (
 from personmae.models.masked import RegionInputs, longest_sequence
 from personmae.models.masking import visible_count
 from personmae.pretrain import build_models
-from personmae.recipes import pretrain_presets
+from personmae.recipes.pretraining import pretrain_presets
 from personmae.training.precision import autocast
 
 CUDA = torch.device("cuda")

@@ -20,7 +20,7 @@ from personmae.data.frames import FrameFolder
 from personmae.data.image_index import build_index
 from personmae.data.images import read_image
 from personmae.data.reid import read_market_layout
-from personmae.recipes import CropConfig
+from personmae.recipes.programs import CropConfig
 from personmae.tasks import cropping
 from tests.frame_sets import HEIGHT, WIDTH, damage_video_frame, frame_pixels, write_frames, write_mot_sequence, write_video
 

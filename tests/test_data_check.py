@@ -10,7 +10,7 @@ from test_luperson import KEYS, database  # noqa: F401 (a fixture)
 from personmae.configs import UserError
 from personmae.data.reid import published
 from personmae.data.reid.published import Counts
-from personmae.recipes import DataCheckConfig
+from personmae.recipes.programs import DataCheckConfig
 from personmae.tasks import data_check
 
 

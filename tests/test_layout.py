@@ -45,7 +45,7 @@ HOMES = {
     "PIL": ["personmae/data/", "personmae/visuals/"],
     "lmdb": ["personmae/data/packs/lmdb_source.py", "personmae/data/reid/luperson.py"],
     "tqdm": ["personmae/data/", "personmae/evaluation/progress.py", "personmae/training/"],
-    "tyro": ["personmae/configs.py", "personmae/recipes.py", "personmae/tasks/", "personmae/cli.py"],
+    "tyro": ["personmae/configs.py", "personmae/recipes/", "personmae/tasks/", "personmae/cli.py"],
 }
 # These may be missing, so nothing imports them before they are used.
 OPTIONAL = ["nvidia.dali", "xformers", "faiss", "apex", "lmdb", "personmae_kernels._C"]

@@ -26,7 +26,7 @@ from personmae.data.packs.opening import open_pack
 from personmae.data.packs.shards import member_name
 from personmae.data.packs.transcoding import Transcoding
 from personmae.data.verdicts import Limits
-from personmae.recipes import PackConfig
+from personmae.recipes.programs import PackConfig
 from personmae.tasks import packing
 from tests.bad_images import HEIGHT, WIDTH, broken_samples, encoded, picture, readable_samples, write_corpus, write_people
 from tests.packing import fingerprint, ignore, pack
@@ -36,7 +36,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from personmae.configs import user_errors_exit
-from personmae.recipes import PackConfig
+from personmae.recipes.programs import PackConfig
 from personmae.tasks import packing
 with user_errors_exit():
     packing.main(PackConfig(source=Path(sys.argv[1]), folder=Path(sys.argv[2]), images_per_shard=int(sys.argv[3]), num_workers=int(sys.argv[4]),

@@ -23,7 +23,7 @@ from personmae.evaluation.protocol import evaluate_features
 from personmae.evaluation.ranking import Labels
 from personmae.models.vit import VisionTransformer, VitConfig, initialise
 from personmae.models.weights import save_encoder
-from personmae.recipes import RetrievalConfig
+from personmae.recipes.programs import RetrievalConfig
 from personmae.tasks import retrieval
 
 VIT = VitConfig(image_size=(32, 16), patch_px=8, width=32, depth=1, num_heads=2)

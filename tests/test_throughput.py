@@ -25,7 +25,7 @@ from personmae.configs import UserError
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig
 from personmae.models.vit import VitConfig
-from personmae.recipes import PretrainConfig
+from personmae.recipes.pretraining import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from personmae.data.crop_names import name_crops
 from personmae.data.crops import CropPlan, plan_crops
 from personmae.data.frames import FrameFolder, Frames, open_frames
 from personmae.data.sequences import FrameSequence, mot_sequences, pair_sequences, with_cameras
-from personmae.recipes import CropConfig
+from personmae.recipes.programs import CropConfig
 
 # Goes up when the same parameters give other crops.
 CROPS_VERSION = 1

@@ -30,7 +30,7 @@ from personmae.data.reid.luperson import find_database, open_luperson
 from personmae.data.reid.published import NUM_LUPERSON, PUBLISHED
 from personmae.data.reid.sets import ReidSet
 from personmae.data.sources import list_source
-from personmae.recipes import DataCheckConfig
+from personmae.recipes.programs import DataCheckConfig
 
 
 def main(config: DataCheckConfig, say: Callable[[str], object] = print) -> int:

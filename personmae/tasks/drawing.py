@@ -19,7 +19,7 @@ from personmae.evaluation.colour_histogram import describe_colours
 from personmae.evaluation.protocol import evaluate
 from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.zoo import ENCODERS
-from personmae.recipes import DrawConfig
+from personmae.recipes.programs import DrawConfig
 
 # As hard as the real thing: on 250 identities of Market-1501 colours alone reach 9.8 % mAP and a random network 1.7 %
 # (3.2 % whitened).

@@ -20,7 +20,7 @@ from personmae.data.images import UnreadableImage
 from personmae.data.packs.making import Share, make_pack, workers_of_this_process
 from personmae.data.packs.manifest import Manifest
 from personmae.data.packs.opening import map_pack
-from personmae.recipes import PackConfig
+from personmae.recipes.programs import PackConfig
 from personmae.visuals.pack_picture import draw_pack
 
 PICTURE_FILE = "manifest.png"

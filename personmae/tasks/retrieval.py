@@ -35,7 +35,8 @@ from personmae.evaluation.scores import Scores
 from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.weights import load_encoder
-from personmae.recipes import PretrainConfig, RetrievalConfig
+from personmae.recipes.pretraining import PretrainConfig
+from personmae.recipes.programs import RetrievalConfig
 from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_evaluations, write_score_files, write_tables
 from personmae.training.logbook import check_run_dir
 from personmae.training.processes import choose_device
