@@ -261,19 +261,6 @@ def short_cross_attention_cases(sweep: bool) -> list[Case]:
     ]
 
 
-def linear_gelu_work(B: int, e: int, N: int, D: int) -> Works:
-    T, E = B * N, 4 * D
-    return Work((T * D + E * D + E + T * E) * e, 2 * T * D * E + 8 * T * E), None
-
-
-def linear_gelu_cases(sweep: bool) -> list[Case]:
-    def make(N: int, D: int, maker: Maker) -> dict[str, Any]:
-        return {"x": maker.floats(maker.B, N, D), "weight": maker.floats(4 * D, D), "bias": maker.floats(4 * D)}
-
-    sizes = [(N, D) for N in SWEEP_TOKENS for D in ENCODERS] if sweep else [(129, D) for D in ENCODERS]
-    return [Case(name=f"{N} tokens, {D} to {4 * D}", make=partial(make, N, D), work=partial(linear_gelu_work, N=N, D=D)) for N, D in sizes]
-
-
 def parameter_shapes(D: int, depth: int) -> list[tuple[int, ...]]:
     """Those of the blocks of a ViT of width D."""
     block = [(3 * D, D), (3 * D,), (D, D), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,), *[(D,)] * 4]
@@ -337,7 +324,6 @@ OPERATORS: dict[str, Callable[[bool], list[Case]]] = {
     "add_layer_norm": add_layer_norm_cases,
     "short_attention": short_attention_cases,
     "short_cross_attention": short_cross_attention_cases,
-    "linear_gelu": linear_gelu_cases,
     "adamw_ema_": adamw_ema_cases,
     "block_masks": block_masks_cases,
 }

@@ -142,11 +142,6 @@ def _apex_layer_norm(arguments: Arguments) -> Callable[[], Any]:
     return _add_then(lambda x, weight, bias, eps: function(x, weight.to(x.dtype), bias.to(x.dtype), (x.shape[-1],), eps), arguments)
 
 
-def _gelu_tanh_in_the_product(arguments: Arguments) -> Callable[[], Any]:
-    x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
-    return lambda: torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-
-
 def _xformers_self_attention(arguments: Arguments) -> Callable[[], Any]:
     attention = importlib.import_module("xformers.ops").memory_efficient_attention
     return lambda: attention(*arguments["qkv"].unbind(2))
@@ -223,7 +218,6 @@ _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICI
 # Equivalents within PyTorch itself.
 _OF_TORCH: dict[str, list[Version]] = {
     "add_layer_norm": [Version("F.layer_norm", _layer_norm_of_torch)],
-    "linear_gelu": [Version("_addmm_activation (tanh)", _gelu_tanh_in_the_product)],
     "adamw_ema_": [Version("AdamW(fused), foreach", _fused_adamw), Version("AdamW(foreach), foreach", _foreach_adamw)],
     **{
         operator: [Version(f"sdpa {name}", _sdpa(operator, backend)) for name, backend in _BACKENDS.items()]

@@ -254,7 +254,7 @@ def prepare_gradients(
     trained: nn.Module, teacher: Teacher, config: PretrainConfig, device: torch.device, precision: str, world_size: int
 ) -> tuple[CaptureChoice, Compute]:
     """What computes the gradients of a batch, and how that was chosen. trained: the model, or what exchanges its gradients between processes."""
-    choice = choose_capture(config.cuda_graph, device, config.batch_size, world_size, config.accumulation)
+    choice = choose_capture(config.cuda_graph, device, world_size, config.accumulation)
     targets = None if config.model.losses == "pixels" else teacher
     compute = functools.partial(compute_gradients, trained, targets, scale=1.0 / config.accumulation, precision=precision)
     return choice, CapturedGradients(compute, trained.parameters(), required=config.cuda_graph == "yes") if choice.captured else compute

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,6 @@ from personmae.models.attention import (
     SDPA_BACKENDS,
     Attention,
     AttentionChoice,
-    Case,
     CrossAttention,
     Measured,
     block_diagonal_mask,
@@ -32,6 +32,7 @@ from personmae.pretrain import build_models
 from personmae.recipes.pretraining import pretrain_presets
 from personmae.training.precision import autocast
 
+ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
 LENGTHS = (5, 1, 7, 5)
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
@@ -103,33 +104,35 @@ def test_the_attention_of_a_broken_cudnn_is_refused(h200, monkeypatch, version, 
 
 
 def test_the_table_of_measurements_names_committed_files():
-    assert all(found.result.startswith("benchmarks/results/") for found in attention.MEASURED.values())
+    for found in attention.MEASURED:
+        assert (ROOT / found.result).is_file()
 
 
 def test_what_was_measured_faster_replaces_xformers_there_alone(h200, monkeypatch):
-    found = {
-        Case(128, 128, 32, "bf16", "NVIDIA H200"): Measured("short", "benchmarks/results/a.json"),
-        Case(128, 64, 64, "bf16", "NVIDIA H200"): Measured("sdpa-cudnn", "benchmarks/results/b.json"),
-        Case(64, 64, 64, "bf16", "NVIDIA L4"): Measured("sdpa", "benchmarks/results/c.json"),
-    }
+    found = (
+        Measured("short", 128, (32,), "bf16", (9, 0), "benchmarks/results/a.json"),
+        Measured("sdpa-cudnn", 100, (64, 96), "bf16", (9, 0), "benchmarks/results/b.json"),
+        Measured("sdpa", 64, (64,), "bf16", (8, 9), "benchmarks/results/c.json"),
+    )
     monkeypatch.setattr(attention, "MEASURED", found)
     choice = choose_attention("auto", CUDA, "bf16")
     assert choice.kind == "xformers"
-    assert "short for 128 x 128 tokens of 32 (benchmarks/results/a.json), sdpa-cudnn for 128 x 64 tokens of 64" in choice.reason
+    assert "short up to 128 tokens with heads of 32 (benchmarks/results/a.json), sdpa-cudnn up to 100 tokens with heads of 64 or 96" in choice.reason
     assert "c.json" not in choice.reason
-    narrow, wide = Attention(64, 2), CrossAttention(128, 2)
-    for layer in (narrow, wide):
+    narrow, wide, other = Attention(64, 2), CrossAttention(128, 2), Attention(32, 2)
+    for layer in (narrow, wide, other):
         set_attention(layer, choice)
-    assert [narrow.kind_for(128, 128), narrow.kind_for(64, 64), narrow.kind_for(128, 64)] == ["short", "xformers", "xformers"]
-    assert [wide.kind_for(128, 64), wide.kind_for(128, 128), wide.kind_for(64, 64)] == ["sdpa-cudnn", "xformers", "xformers"]
-    for other in (
+    assert [narrow.kind_for(128, 128), narrow.kind_for(1, 64), narrow.kind_for(129, 1), narrow.kind_for(1, 129)] == ["short"] * 2 + ["xformers"] * 2
+    assert [wide.kind_for(100, 64), wide.kind_for(101, 64), wide.kind_for(64, 101)] == ["sdpa-cudnn", "xformers", "xformers"]
+    assert other.kind_for(2, 2) == "xformers"
+    for unchanged in (
         choose_attention("xformers", CUDA, "bf16"),
         choose_attention("auto", CUDA, "fp32"),
         choose_attention("auto", CUDA, "bf16", deterministic=True),
     ):
-        assert not other.replaced
+        assert not unchanged.replaced
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    assert choose_attention("auto", CUDA, "bf16").replaced == {(128, 128, 32): "short"}
+    assert choose_attention("auto", CUDA, "bf16").replaced == {32: (128, "short")}
     # What a layer was told before does not stay.
     set_attention(narrow, "sdpa")
     assert narrow.kind_for(128, 128) == "sdpa"

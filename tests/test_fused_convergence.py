@@ -36,7 +36,6 @@ KERNELS = {
     "add_layer_norm_backward_kernel",
     "short_attention_forward_kernel",
     "short_attention_backward_kernel",
-    "linear_gelu_kernel",
     "patch_loss_kernel",
     "feature_loss_kernel",
     "adamw_ema_kernel",
@@ -57,7 +56,7 @@ def train(config, size, precision, *, fused):
     """(losses, kernels launched, programs of a step)"""
     use_operators("triton" if fused else "reference")
     model = PersonMAE(config, seed=1)
-    teacher = build_teacher(TeacherConfig(fused_gelu=fused), model.encoder)
+    teacher = build_teacher(TeacherConfig(), model.encoder)
     for part in (model, teacher):
         part.to(DEVICE)
         set_attention(part, "short" if fused else "sdpa", longest_sequence(config))

@@ -26,7 +26,6 @@ ALWAYS = {
     "short_attention_backward_kernel",
     "patch_loss_kernel",
     "feature_loss_kernel",
-    "linear_gelu_kernel",
 }
 OF_FORM = {
     "cross": {"region_codes_kernel", "add_codes_kernel", "add_codes_backward_kernel"},
@@ -70,7 +69,7 @@ def step(form, operators, precision):
     config = settings(form)
     use_operators(operators)
     model = PersonMAE(config, seed=1)
-    teacher = build_teacher(TeacherConfig(fused_gelu=True), model.encoder)
+    teacher = build_teacher(TeacherConfig(), model.encoder)
     for part in (model, teacher):
         part.to(DEVICE)
         set_attention(part, "short", longest_sequence(config))
@@ -106,7 +105,7 @@ def test_a_step_never_waits_for_the_device():
     config = settings("cross")
     use_operators("triton")
     model = PersonMAE(config, seed=1).to(DEVICE)
-    teacher = build_teacher(TeacherConfig(fused_gelu=True), model.encoder).to(DEVICE)
+    teacher = build_teacher(TeacherConfig(), model.encoder).to(DEVICE)
     average = MovingAverage(teacher.encoder, model.encoder)
     optimiser = build_optimiser(model, OptimiserConfig(kind="adamw-ema"), average)
     for part in (model, teacher):

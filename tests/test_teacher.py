@@ -27,15 +27,6 @@ def test_moving_average_teacher_sees_the_whole_region_without_gradient():
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
 
 
-def test_a_fused_gelu_changes_nothing_and_stays_with_the_teacher():
-    student = random_encoder(CONFIG)
-    images = random_images(2, (64, 32))
-    plain, fused = build_teacher(TeacherConfig(), student), build_teacher(TeacherConfig(fused_gelu=True), student)
-    assert torch.allclose(fused(images), plain(images), atol=1e-5)
-    assert [part.fused_gelu for part in fused.modules() if hasattr(part, "fused_gelu")] == [True, True]
-    assert not any(part.fused_gelu for part in student.modules() if hasattr(part, "fused_gelu"))
-
-
 def test_a_frozen_teacher_from_our_weights(tmp_path):
     other = random_encoder(CONFIG, seed=9)
     save_encoder(tmp_path / "encoder.safetensors", other, {})

@@ -4,7 +4,6 @@ from personmae_kernels.add_layer_norm import add_layer_norm
 from personmae_kernels.assemble_tokens import assemble_tokens, join_tokens
 from personmae_kernels.feature_loss import feature_loss
 from personmae_kernels.gather_visible import gather_visible
-from personmae_kernels.linear_gelu import linear_gelu
 from personmae_kernels.patch_loss import patch_loss
 from personmae_kernels.patch_rows import patch_rows
 from personmae_kernels.reference import AddedNorm, CellLosses, cell_coordinates, patch_targets, region_codes
@@ -20,7 +19,6 @@ __all__ = [
     "feature_loss",
     "gather_visible",
     "join_tokens",
-    "linear_gelu",
     "patch_loss",
     "patch_rows",
     "patch_targets",

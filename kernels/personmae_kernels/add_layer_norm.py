@@ -94,6 +94,7 @@ def add_layer_norm_backward_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     channels = tl.arange(0, BLOCK_D)
     in_channels = channels < D
@@ -104,7 +105,8 @@ def add_layer_norm_backward_kernel(  # type: ignore[no-untyped-def]
         branch_scale = tl.load(branch_scale_ptr + channels, mask=in_channels, other=0.0).to(tl.float32)
         d_branch_scale = tl.zeros([BLOCK_D], tl.float32)
 
-    for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+    # Its loads wait for nothing in the loop: those of the next tokens are on their way while these are computed.
+    for first in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         in_rows = rows < T
         inside = in_rows[:, None] & in_channels[None, :]
@@ -141,15 +143,30 @@ def add_layer_norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _tile(width: int) -> dict[str, int]:
-    """Tokens and channels of a program: as many as stay in the registers of four warps, forward and backward."""
+    """Tokens and channels of a program: as many as stay in the registers of four warps."""
     block = triton.next_power_of_2(width)
     return {"D": width, "ROWS": max(1, min(4, 4096 // block)), "BLOCK_D": block}
 
 
+# Of the backward pass: warps that resident programs have together on a multiprocessor, iterations whose loads are in flight at once, tokens of a
+# program.
+RESIDENT_WARPS, STAGES, MAX_ROWS = 16, 2, 4
+
+
+def _backward_tile(width: int) -> dict[str, int]:
+    """As many warps as one token takes at 16 bytes a thread, so that a thread sees the same channels of each token: it sums them by itself."""
+    block = triton.next_power_of_2(width)
+    return {"D": width, "ROWS": max(1, min(MAX_ROWS, 4096 // block)), "BLOCK_D": block, "STAGES": STAGES, "num_warps": min(8, max(1, block // 256))}
+
+
 @functools.cache
-def _num_programs(device: torch.device) -> int:
-    """Programs of the backward pass: four for each multiprocessor of the GPU; in the interpreter four in all."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _num_programs(device: torch.device, num_warps: int) -> int:
+    """Programs of the backward pass: all that are resident at once on the GPU; in the interpreter four."""
+    return RESIDENT_WARPS // num_warps * _num_multiprocessors(device) if device.type == "cuda" else 4
 
 
 @torch.library.custom_op("personmae_triton::add_layer_norm", mutates_args=())
@@ -208,8 +225,8 @@ def _add_layer_norm_backward(
     d_stream = torch.empty(B, N, D, dtype=out.dtype, device=out.device)
     apart = _has_own_branch_gradient(d_normed, out, branch_scale, row_scale)
     d_branch = torch.empty((B, N, D) if apart else (0,), dtype=d_normed.dtype, device=out.device)
-    tile = _tile(D)
-    num_programs = min(_num_programs(out.device), triton.cdiv(B * N, tile["ROWS"]))
+    tile = _backward_tile(D)
+    num_programs = min(_num_programs(out.device, tile["num_warps"]), triton.cdiv(B * N, tile["ROWS"]))
     sums = torch.empty(num_programs, 2 if branch_scale is None else 3, D, dtype=torch.float32, device=out.device)
     launch(
         add_layer_norm_backward_kernel,

@@ -288,14 +288,6 @@ def short_cross_attention(q: Tensor, kv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x weight^T + bias) with the exact GELU, forward only: for the teacher, which has no backward pass.
-
-    x: [..., D]. weight: [E, D]. bias: [E]. Returns [..., E] in the dtype of x.
-    """
-    return F.gelu(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)))
-
-
 # What stands in adamw_ema's tensor of hyper-parameters, in this order.
 ADAMW_HYPER = ("learning_rate", "beta1", "beta2", "eps", "correction1", "correction2", "gradient_scale", "ema_momentum")
 

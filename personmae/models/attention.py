@@ -34,25 +34,19 @@ SDPA_BACKENDS = {
 }
 
 
-class Case(NamedTuple):
-    """An attention that implementations were compared on, forward and backward together."""
-
-    queries: int  # tokens
-    keys: int  # tokens; of self-attention as many as queries
-    head_size: int
-    precision: str  # "bf16" or "fp32"
-    device: str  # as torch.cuda.get_device_name gives it
-
-
 class Measured(NamedTuple):
-    """What was fastest, and the committed file with the measurement."""
+    """Where an implementation was faster than xformers, forward and backward together, and the committed file with the measurement."""
 
     kind: str
+    max_tokens: int  # queries and keys: up to so many
+    head_sizes: tuple[int, ...]
+    precision: str  # "bf16" or "fp32"
+    capability: tuple[int, int]  # of the GPU
     result: str
 
 
-# Where another implementation replaces xformers under `auto`. Empty, because nothing was measured yet.
-MEASURED: dict[Case, Measured] = {}
+# What replaces xformers under `auto`.
+MEASURED: tuple[Measured, ...] = (Measured("short", 129, (32, 64), "bf16", (9, 0), "benchmarks/results/operators-h100.json"),)
 
 # Up to this version cuDNN's backward reads beyond its inputs where a sequence is no multiple of 128 tokens (pytorch#169849, #171627).
 LAST_BROKEN_CUDNN = 91500
@@ -63,7 +57,7 @@ class AttentionChoice(NamedTuple):
 
     kind: str
     reason: str
-    replaced: Mapping[tuple[int, int, int], str] = MappingProxyType({})  # (queries, keys, head size) -> the kind that runs there instead
+    replaced: Mapping[int, tuple[int, str]] = MappingProxyType({})  # head size -> (tokens, the kind that runs up to so many of them instead)
 
 
 def choose_attention(kind: AttentionKind, device: torch.device, precision: str = "fp32", deterministic: bool = False) -> AttentionChoice:
@@ -97,15 +91,18 @@ def choose_attention(kind: AttentionKind, device: torch.device, precision: str =
 
 
 def _replace_measured(base: AttentionChoice, device: torch.device, precision: str) -> AttentionChoice:
-    if not MEASURED:
-        return base
-    name = torch.cuda.get_device_name(device)
-    here = {case: found for case, found in MEASURED.items() if (case.precision, case.device) == (precision, name)}
-    usable = {case: found for case, found in here.items() if found.kind not in SDPA_BACKENDS or not _backend_limit(found.kind, precision, False)}
+    here = (precision, torch.cuda.get_device_capability(device))
+    usable = [
+        found
+        for found in MEASURED
+        if (found.precision, found.capability) == here and (found.kind not in SDPA_BACKENDS or not _backend_limit(found.kind, precision, False))
+    ]
     if not usable:
         return base
-    said = ", ".join(f"{found.kind} for {case.queries} x {case.keys} tokens of {case.head_size} ({found.result})" for case, found in usable.items())
-    replaced = {(case.queries, case.keys, case.head_size): found.kind for case, found in usable.items()}
+    said = ", ".join(
+        f"{found.kind} up to {found.max_tokens} tokens with heads of {' or '.join(map(str, found.head_sizes))} ({found.result})" for found in usable
+    )
+    replaced = {size: (found.max_tokens, found.kind) for found in usable for size in found.head_sizes}
     return AttentionChoice(base.kind, f"{base.reason}; measured faster here: {said}", replaced)
 
 
@@ -230,12 +227,11 @@ class _Heads(nn.Module):
             raise UserError(f"width {width} does not divide into {num_heads} heads")
         self.num_heads, self.head_size = num_heads, width // num_heads
         self.kind: str = "sdpa"
-        self.replaced: dict[tuple[int, int], str] = {}
+        self.replaced: tuple[int, str] | None = None  # up to so many tokens, this kind instead
 
     def kind_for(self, queries: int, keys: int) -> str:
         """The implementation for so many tokens."""
-        # An empty table is not asked, so that a compiled layer does not specialise on the number of tokens.
-        return self.replaced.get((queries, keys), self.kind) if self.replaced else self.kind
+        return self.replaced[1] if self.replaced and max(queries, keys) <= self.replaced[0] else self.kind
 
 
 class Attention(_Heads):
@@ -297,4 +293,4 @@ def set_attention(module: nn.Module, choice: AttentionChoice | str, num_tokens: 
                 sizes = " or ".join(map(str, HEAD_SIZES))
                 raise UserError(f"attention short is for heads of {sizes} channels, not {part.head_size}; use attention auto")
             part.kind = kind
-            part.replaced = {(queries, keys): other for (queries, keys, size), other in choice.replaced.items() if size == part.head_size}
+            part.replaced = choice.replaced.get(part.head_size)

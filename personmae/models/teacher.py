@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae.configs import UserError
-from personmae.models.vit import Mlp, VisionTransformer
+from personmae.models.vit import VisionTransformer
 from personmae.models.weights import load_encoder
 
 
@@ -26,18 +26,14 @@ class TeacherConfig:
     kind: Literal["ema", "frozen", "timm"] = "ema"
     weights: Path | None = None  # frozen: our own encoder file; timm: a checkpoint file (None: the model's published weights, from its hub)
     timm_name: str = "vit_small_patch16_dinov3.lvd1689m"
-    fused_gelu: bool = False  # GELU inside the matrix product, by our own kernel (linear_gelu): on CUDA, for kinds ema and frozen
     with_class: bool = False  # the class token takes part in the teacher's attention (it is never a target)
 
 
 class Teacher(nn.Module):
     """Target features of uint8 images; never trained by gradient, always in eval mode."""
 
-    def __init__(self, encoder: nn.Module, width: int, with_class: bool, fused_gelu: bool = False) -> None:
+    def __init__(self, encoder: nn.Module, width: int, with_class: bool) -> None:
         super().__init__()
-        for part in encoder.modules():
-            if isinstance(part, Mlp):
-                part.fused_gelu = fused_gelu
         self.encoder, self.width, self.with_class = encoder, width, with_class
         self.requires_grad_(False)
         self.eval()
@@ -98,7 +94,7 @@ class FrozenTimmTeacher(Teacher):
 def build_teacher(config: TeacherConfig, student: VisionTransformer) -> Teacher:
     """The teacher of a run. Raises UserError where a frozen one is asked for without weights that fit."""
     if config.kind == "ema":
-        return Teacher(copy.deepcopy(student), student.embed_dim, config.with_class, config.fused_gelu)
+        return Teacher(copy.deepcopy(student), student.embed_dim, config.with_class)
     size, grid = student.config.image_size, student.config.grid
     if config.kind == "timm":
         return FrozenTimmTeacher(TimmEncoder(config.timm_name, size, grid[0] * grid[1], config.weights))
@@ -107,4 +103,4 @@ def build_teacher(config: TeacherConfig, student: VisionTransformer) -> Teacher:
     encoder = load_encoder(config.weights)
     if encoder.config.image_size != size or encoder.config.grid != grid:
         raise UserError(f"{config.weights} is for {encoder.config.image_size} pixels in a grid {encoder.config.grid}; the student has {size}, {grid}")
-    return Teacher(encoder, encoder.embed_dim, config.with_class, config.fused_gelu)
+    return Teacher(encoder, encoder.embed_dim, config.with_class)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from personmae.configs import UserError
 from personmae.models.attention import Attention
-from personmae_kernels import AddedNorm, add_layer_norm, linear_gelu, patch_rows
+from personmae_kernels import AddedNorm, add_layer_norm, patch_rows
 from personmae_kernels.checks import wide
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -65,18 +65,12 @@ def matrix_dtype(device: torch.device) -> torch.dtype:
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them."""
 
-    # Set for a teacher: the GELU is done inside the first matrix product, by a kernel that has no backward pass.
-    fused_gelu = False
-
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
-        if self.fused_gelu and not torch.is_grad_enabled():
-            dtype = matrix_dtype(x.device)
-            return self.fc2(linear_gelu(x.to(dtype), self.fc1.weight.to(dtype), self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x)))
 
 

@@ -61,7 +61,7 @@ class PretrainConfig:
     attention: AttentionKind = "auto"
     operators: Literal["auto", "reference"] = "auto"  # auto: the Triton kernels on CUDA; reference: plain PyTorch
     compile: CompileKind = "auto"  # the blocks by torch.compile; auto: on CUDA
-    cuda_graph: CaptureKind = "auto"  # forward and backward pass launched as one CUDA graph; auto: for small batches of one process
+    cuda_graph: CaptureKind = "auto"  # forward and backward pass launched as one CUDA graph; auto: for one process without accumulation
     parallel: ParallelKind = "ddp"  # fsdp: each process holds a part of weights, moments and teacher (FSDP2), for models that do not fit otherwise
     checkpoint_activations: bool = False  # less memory for more time: activations are dropped, and computed again in the backward pass
     deterministic: bool = False  # bit-equal runs on a GPU, slower; a CPU run always is
@@ -93,7 +93,6 @@ FREE_SETTINGS = (
     "cuda_graph",
     "parallel",
     "checkpoint_activations",
-    "teacher.fused_gelu",
     "optimiser.kind",
     "deterministic",
     "resume",

@@ -254,7 +254,8 @@ def test_the_cuda_form_is_the_triton_form(half):
                 step(lists, adamw_hyper(1e-2, (0.9, 0.95), 1e-8, t, 0.7, 0.99, DEVICE), DECAYS * 60 + (0.1, 0.0))
         finally:
             launching.use_operators(None)
-        results[form] = flat(lists, LISTS[:1] + LISTS[2:5])
+        # All of a list as one: of a tensor with a single number, which may lie near zero, the relative error says nothing.
+        results[form] = {name: torch.cat([tensor.flatten() for tensor in lists[name]]) for name in LISTS[:1] + LISTS[2:5]}
         for i, copy in enumerate(lists["copies"]):
             assert torch.equal(copy, lists["parameters"][i].bfloat16())
             assert torch.equal(lists["average_copies"][i], lists["averages"][i].bfloat16())

@@ -249,8 +249,9 @@ def test_without_a_gradient_none_is_written(form, normalise):
     with torch.no_grad():
         loss = feature_loss(**inputs, normalise_predicted=normalise)
     expected = feature_loss(**inputs, normalise_predicted=normalise)
-    assert torch.equal(loss.total, expected.total)
-    assert torch.equal(loss.per_cell, expected.per_cell)
+    # On a GPU the two are different programs, which the compiler rounds in its own ways.
+    assert torch.allclose(loss.total, expected.total, rtol=1e-6)
+    assert torch.allclose(loss.per_cell, expected.per_cell, rtol=1e-6)
     assert not loss.total.requires_grad
 
 
