@@ -109,8 +109,8 @@ gpu: $(READY)
 	  timeout $$(($$1 * $(if $(DRY_RUN),5,1))) "$${@:2}" || { echo "== failed ($$?): $$*"; failed=1; }
 	}
 	part 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
-	part 180 $(PY) benchmarks/throughput.py --output $$results/throughput.json
-	part 180 $(PY) benchmarks/operators.py --output $$results/operators.json
+	part 400 $(PY) benchmarks/throughput.py --output $$results/throughput.json
+	part 400 $(PY) benchmarks/operators.py --output $$results/operators.json
 	part 120 $(PY) -m pytest -q tests/test_fused_convergence.py
 	part 120 $(PY) -m pytest -q -m gpu $(ARGS)
 	exit $$failed
