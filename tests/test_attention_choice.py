@@ -275,7 +275,8 @@ def fake_pretraining_step(config, choice, precision):
 @needs_xformers
 @pytest.mark.parametrize(("precision", "forward", "backward"), [("bf16", "fa2F", "fa2B"), ("fp32", "cutlassF-pt", "cutlassB-pt")])
 @pytest.mark.parametrize("preset", pretrain_presets())
-def test_every_attention_of_a_run_on_cuda_is_that_of_xformers(dispatched, preset, precision, forward, backward):
+def test_every_attention_of_a_run_on_cuda_is_that_of_xformers(dispatched, monkeypatch, preset, precision, forward, backward):
+    monkeypatch.setattr(attention, "MEASURED", ())
     config = pretrain_presets()[preset][1]
     choice = choose_attention(config.attention, CUDA, precision)
     assert choice.kind == "xformers"
@@ -291,6 +292,14 @@ def test_every_attention_of_a_run_on_cuda_is_that_of_xformers(dispatched, preset
     visible = visible_count(config.model.masking, encoder.grid)
     assert visible + 1 in {shape[1] for _, shape in dispatched}
     assert {shape[2:] for _, shape in dispatched} == {(part.num_heads, part.width // part.num_heads) for part in (encoder, decoder)}
+
+
+@needs_xformers
+@pytest.mark.parametrize("preset", pretrain_presets())
+def test_on_hopper_every_attention_of_a_run_is_the_short_one(dispatched, preset):
+    config = pretrain_presets()[preset][1]
+    fake_pretraining_step(config, choose_attention(config.attention, CUDA, "bf16"), "bf16")
+    assert not dispatched
 
 
 @needs_xformers
