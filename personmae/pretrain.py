@@ -68,7 +68,7 @@ def main(config: PretrainConfig) -> int:
         digest = index.digest()
         checkpoints = config.run_dir / "checkpoints"
         with processes.main_first():
-            plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions)
+            plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions, repeats=config.data.repeats)
             plan.batch(0, 0, processes.world_size * config.accumulation)
             say = print if processes.is_main else silence
             allowed = config.resume == "auto"
@@ -77,7 +77,7 @@ def main(config: PretrainConfig) -> int:
         processes.check_same_step(first)
         total = num_steps(config.schedule, plan.steps_per_epoch)
         peak = peak_learning_rate(config.optimiser, config.batch_size)
-        pictured = plan.for_samples(0, plan.step_samples(0)[:NUM_PICTURED])
+        pictured = plan.for_samples(0, plan.step_samples(0)[:: plan.repeats][:NUM_PICTURED])
 
         logbook = Logbook(
             config.run_dir,
@@ -169,7 +169,7 @@ def main(config: PretrainConfig) -> int:
                     if pictures_due and features is not None:
                         # What the feature loss is against another image's targets: far above, or it has learned nothing of the image.
                         with torch.no_grad(), autocast(device, precision):
-                            latest["loss_features_shuffled"] = model(inputs, features.roll(1, 0)).averages[1]
+                            latest["loss_features_shuffled"] = model(inputs, features.roll(plan.repeats, 0)).averages[1]
                     if writer.failed:
                         stop.ask()
                     stopped = stop.requested()
@@ -271,7 +271,7 @@ def settle_buckets(trained: nn.Module, gradients: Compute, inputs: RegionInputs)
 
 def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) -> RegionInputs:
     """A loader's batch with its masks, on the device; where the target is region A, in region B's place too."""
-    seeds = sample_seeds(config.seed, batch.epoch, batch.samples.numpy(), Stream.MASK)
+    seeds = sample_seeds(config.seed, batch.epoch, batch.samples.numpy(), Stream.MASK, None if batch.copies is None else batch.copies.numpy())
     masks = draw_masks(config.model.masking, config.model.encoder.grid, seeds)
     own = config.model.target_region == "A"
     inputs = RegionInputs(

@@ -8,8 +8,11 @@ The generator is splitmix64 (Steele, Lea & Flood, "Fast splittable pseudorandom 
     sample_seed = mix(mix(mix(mix(seed) + epoch) + stream) + sample)          64 bits, one per sample and stream
     draw k      = mix(sample_seed + (k + 1) * GOLDEN)                         64 bits, k = 0, 1, 2, ...
 
-with all sums modulo 2**64. Integers below n come from the upper 32 bits of a draw: (upper32 * n) >> 32; no floating point, so a C++ or
-Triton implementation can be equal to the bit. Uniform floats use the upper 53 bits.
+with all sums modulo 2**64. Where a sample is shown several times in a step (repeated sampling), its copy c draws as sample number
+sample + c * 2**40 would: copy 0 is the sample itself.
+
+Integers below n come from the upper 32 bits of a draw: (upper32 * n) >> 32; no floating point, so a C++ or Triton implementation can be equal to the
+bit. Uniform floats use the upper 53 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import numpy.typing as npt
 
 GOLDEN = 0x9E3779B97F4A7C15
 UInt64Array = npt.NDArray[np.uint64]
+# Sample numbers lie below 2**40; what lies above says which copy of the sample. Part of a run's identity, like the streams.
+_COPY_BITS = 40
 
 
 class Stream(enum.IntEnum):
@@ -47,12 +52,15 @@ def mix(values: UInt64Array) -> UInt64Array:
     return z ^ (z >> np.uint64(31))
 
 
-def sample_seeds(seed: int, epoch: int, samples: npt.ArrayLike, stream: Stream) -> UInt64Array:
+def sample_seeds(seed: int, epoch: int, samples: npt.ArrayLike, stream: Stream, copies: npt.ArrayLike | None = None) -> UInt64Array:
     """One 64-bit seed for each sample.
 
-    seed, epoch: integers (taken modulo 2**64). samples: integer array [N], sample numbers. Returns uint64 [N].
+    seed, epoch: integers (taken modulo 2**64). samples: integer array [N], sample numbers below 2**40. copies: integer array [N], which copy of the
+    sample, from 0; None = 0 throughout. Returns uint64 [N].
     """
     word = 1 << 64
+    if copies is not None:
+        samples = np.asarray(samples, dtype=np.int64) + (np.asarray(copies, dtype=np.int64) << _COPY_BITS)
     with np.errstate(over="ignore"):
         key = mix(np.array([seed % word], dtype=np.uint64))
         key = mix(key + np.uint64(epoch % word))

@@ -74,11 +74,12 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class RegionBatch:
-    """One micro-batch: two regions of each of B images.
+    """One micro-batch: B pairs of regions, each of one image.
 
     region_a, region_b: uint8 [B, H, W, 3] RGB, C-contiguous, on the training device. boxes: int32 [B, 2, 4], (y0, x0, y1, x1) pixels of the
     unflipped stored image; flips: bool [B, 2]; samples: int64 [B], the samples delivered; planned: int64 [B], those the plan asked for (they
-    differ where one was unreadable): all on the CPU. epoch; step: optimiser step; micro: micro-batch of the step.
+    differ where one was unreadable); copies: int64 [B], which pair of its image a row is, from 0 (None: 0 throughout): all on the CPU.
+    epoch; step: optimiser step; micro: micro-batch of the step.
     """
 
     region_a: Tensor
@@ -90,6 +91,7 @@ class RegionBatch:
     epoch: int
     step: int
     micro: int
+    copies: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -188,13 +190,14 @@ def assemble(part: PartPlan, delivered: BatchPlan, region_a: Tensor, region_b: T
         epoch=part.plan.epoch,
         step=part.step,
         micro=part.micro,
+        copies=torch.from_numpy(delivered.copies),
     )
 
 
 def with_replacements(plan: Plan, planned: BatchPlan, samples: npt.NDArray[np.int64]) -> BatchPlan:
     """The plan of what is delivered: `planned`, with boxes, flips and colour of their own for the rows whose sample is another in `samples`."""
     rows = np.flatnonzero(samples != planned.samples)
-    return planned.with_rows(rows, plan.for_samples(planned.epoch, samples[rows])) if len(rows) else planned
+    return planned.with_rows(rows, plan.for_samples(planned.epoch, samples[rows], planned.copies[rows])) if len(rows) else planned
 
 
 class Loader(ABC):

@@ -38,7 +38,10 @@ _SAMPLES_PER_READ = 16
 
 @dataclass(frozen=True)
 class _Fed:
-    """A batch given to DALI: its part, the plan of what is delivered, the encoded images, and the failures met when reading them."""
+    """A batch given to DALI: its part, the plan of what is delivered, the encoded images, and the failures met when reading them.
+
+    Of a sample that is repeated, one encoded image is fed for all its copies.
+    """
 
     part: PartPlan
     delivered: BatchPlan
@@ -92,7 +95,7 @@ class DaliLoader(Loader):
             pipeline = None
             while True:
                 if pipeline is None:
-                    pipeline = self._build(readers, len(first.plan))
+                    pipeline = self._build(readers, len(first.plan) // self._plan.repeats)
                 outputs = None
                 try:
                     outputs = pipeline.run()
@@ -106,9 +109,10 @@ class DaliLoader(Loader):
                 fed = self._outstanding.popleft()
                 if outputs is not None:
                     failures_in_a_row = 0
-                    region_a, region_b = (torch.from_dlpack(output.as_tensor()) for output in outputs[:2])
-                    numbers = outputs[2].as_array()
-                    assert np.array_equal(numbers, fed.delivered.samples), f"DALI delivered samples {numbers}, not {fed.delivered.samples}"
+                    # Of repeated samples the copies have an axis of their own, [B / R, R, H, W, 3].
+                    region_a, region_b = (torch.from_dlpack(output.as_tensor()).view(-1, *self._size, 3) for output in outputs[:2])
+                    numbers, wanted = outputs[2].as_array(), fed.delivered.samples[:: self._plan.repeats]
+                    assert np.array_equal(numbers, wanted), f"DALI delivered samples {numbers}, not {wanted}"
                     yield Prepared(assemble(fed.part, fed.delivered, region_a, region_b), fed.failures)
                 else:
                     failures_in_a_row += 1
@@ -124,7 +128,8 @@ class DaliLoader(Loader):
             # At the end `next` raises StopIteration, which DALI passes on after the batches it still holds.
             fed = self._again.popleft() if self._again else self._read(next(self._parts), readers)
             self._outstanding.append(fed)
-            return [fed.contents, fed.delivered.samples, *_graph_inputs(fed.delivered, self._size)]
+            samples = np.ascontiguousarray(fed.delivered.samples[:: self._plan.repeats])
+            return [fed.contents, samples, *_graph_inputs(fed.delivered, self._size, self._plan.repeats)]
 
         plan = self._plan.regions
         on_gpu = self._device.type == "cuda"
@@ -133,7 +138,14 @@ class DaliLoader(Loader):
             self._dali,
             feed,
             self._size,
-            _Options(plan.has_colour, plan.blur_prob > 0, plan.erasing_prob > 0, on_gpu, on_gpu and self._config.dali_decode == "mixed"),
+            _Options(
+                plan.has_colour,
+                plan.blur_prob > 0,
+                plan.erasing_prob > 0,
+                on_gpu,
+                on_gpu and self._config.dali_decode == "mixed",
+                self._plan.repeats,
+            ),
             batch_size=batch_size,
             num_threads=self._num_threads,
             device_id=self._device.index if on_gpu else None,
@@ -148,10 +160,10 @@ class DaliLoader(Loader):
             fetched = (fetch_or_replace(self._content, self._plan, epoch, int(sample), self._config) for sample in planned)
             return [(one.sample, one.content, one.failures) for one in fetched]
 
-        planned = part.plan.samples
+        planned = part.plan.samples[:: self._plan.repeats]
         pieces = np.split(planned, range(_SAMPLES_PER_READ, len(planned), _SAMPLES_PER_READ))
         rows = [row for piece in readers.map(read_some, pieces) for row in piece]
-        samples = np.array([sample for sample, _, _ in rows], dtype=np.int64)
+        samples = np.repeat(np.array([sample for sample, _, _ in rows], dtype=np.int64), self._plan.repeats)
         delivered = with_replacements(self._plan, part.plan, samples)
         return _Fed(part, delivered, [content for _, content, _ in rows], [failure for _, _, failures in rows for failure in failures])
 
@@ -192,32 +204,34 @@ class _Options:
     erasing: bool
     on_gpu: bool
     mixed: bool
+    repeats: int
 
 
-def _graph_inputs(plan: BatchPlan, size: tuple[int, int]) -> list[npt.NDArray]:
-    """The plan as the graph takes it. For region A, then region B: start and end of the ROI (y, x), swapped in x when flipped; antialias or not;
-    and, where the options are on, colour matrix, blur sigma and window, anchor and shape of the erased box."""
+def _graph_inputs(plan: BatchPlan, size: tuple[int, int], repeats: int) -> list[npt.NDArray]:
+    """The plan as the graph takes it. For region A of each copy, then region B of each: start and end of the ROI (y, x), swapped in x when flipped;
+    antialias or not; and, where the options are on, colour matrix, blur sigma and window, anchor and shape of the erased box."""
     erase_boxes = plan.erase_boxes(size)
     inputs: list[npt.NDArray] = []
-    for region in (0, 1):
-        boxes, flips = plan.boxes[:, region].astype(np.float32), plan.flips[:, region]
+    for region, copy in itertools.product((0, 1), range(repeats)):
+        rows = slice(copy, None, repeats)
+        boxes, flips = plan.boxes[rows, region].astype(np.float32), plan.flips[rows, region]
         starts = np.stack([boxes[:, 0], np.where(flips, boxes[:, 3], boxes[:, 1])], axis=1)
         ends = np.stack([boxes[:, 2], np.where(flips, boxes[:, 1], boxes[:, 3])], axis=1)
         shrink = np.maximum((boxes[:, 2] - boxes[:, 0]) / size[0], (boxes[:, 3] - boxes[:, 1]) / size[1])
         inputs += [starts, ends, shrink > ANTIALIAS_FROM]
         if plan.colour is not None:
-            inputs.append(plan.colour[:, region])
+            inputs.append(plan.colour[rows, region])
         if plan.blur_sigma is not None:
-            inputs += [plan.blur_sigma[:, region], blur_windows(plan.blur_sigma[:, region])]
+            inputs += [plan.blur_sigma[rows, region], blur_windows(plan.blur_sigma[rows, region])]
         if erase_boxes is not None:
-            corners = erase_boxes[:, region].astype(np.float32)
+            corners = erase_boxes[rows, region].astype(np.float32)
             inputs += [corners[:, :2], corners[:, 2:] - corners[:, :2]]
     # DALI takes dense arrays only.
     return [np.ascontiguousarray(array) for array in inputs]
 
 
 def _regions_graph(dali: Any, feed: Callable[[], list[Any]], size: tuple[int, int], options: _Options) -> Any:
-    """The graph, for DALI's `pipeline_def`: returns regions A and B, uint8 [H, W, 3] each, and the sample number."""
+    """The graph, for DALI's `pipeline_def`: returns regions A and B, uint8 [H, W, 3] each (repeated: [R, H, W, 3]), and the sample number."""
     fn, types = dali.fn, dali.types
     kinds = [types.FLOAT, types.FLOAT, types.BOOL]
     dimensions = [1, 1, 0]
@@ -229,17 +243,19 @@ def _regions_graph(dali: Any, feed: Callable[[], list[Any]], size: tuple[int, in
         kinds, dimensions = [*kinds, types.FLOAT, types.FLOAT], [*dimensions, 1, 1]
     inputs = fn.external_source(
         source=feed,
-        num_outputs=2 + 2 * len(kinds),
+        num_outputs=2 + 2 * options.repeats * len(kinds),
         batch=True,
-        dtype=[types.UINT8, types.INT64, *kinds, *kinds],
-        ndim=[1, 0, *dimensions, *dimensions],
+        dtype=[types.UINT8, types.INT64, *kinds * (2 * options.repeats)],
+        ndim=[1, 0, *dimensions * (2 * options.repeats)],
     )
     images = fn.decoders.image(inputs[0], device="mixed" if options.mixed else "cpu", output_type=types.RGB, adjust_orientation=False)
     if options.on_gpu and not options.mixed:
         images = images.gpu()
-    region_a = _region_graph(dali, images, inputs[2 : 2 + len(kinds)], size, options)
-    region_b = _region_graph(dali, images, inputs[2 + len(kinds) :], size, options)
-    return region_a, region_b, inputs[1]
+    firsts = range(2, 2 + 2 * options.repeats * len(kinds), len(kinds))
+    regions = [_region_graph(dali, images, inputs[first : first + len(kinds)], size, options) for first in firsts]
+    if options.repeats == 1:
+        return regions[0], regions[1], inputs[1]
+    return fn.stack(*regions[: options.repeats]), fn.stack(*regions[options.repeats :]), inputs[1]
 
 
 def _region_graph(dali: Any, images: Any, inputs: list[Any], size: tuple[int, int], options: _Options) -> Any:

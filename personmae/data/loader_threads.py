@@ -30,7 +30,7 @@ from personmae.data.plan import BatchPlan, Plan
 from personmae.data.thread_pool import ThreadPool
 
 # Short tasks spread a batch evenly; much shorter ones would cost more than they give.
-_SAMPLES_PER_TASK = 8
+_IMAGES_PER_TASK = 8
 # Batches whose tasks may stand in the pool's queue together: the threads stay busy while the last tasks of a batch finish.
 _BATCHES_IN_POOL = 2
 
@@ -89,10 +89,10 @@ class ThreadLoader(Loader):
         regions = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = regions.numpy()
         samples = part.plan.samples.copy()
-        firsts = range(0, len(samples), _SAMPLES_PER_TASK)
+        per_task = _IMAGES_PER_TASK * self._plan.repeats
         futures = [
-            pool.submit(self._painter.paint, part.plan, range(first, min(first + _SAMPLES_PER_TASK, len(samples))), pixels, samples)
-            for first in firsts
+            pool.submit(self._painter.paint, part.plan, range(first, min(first + per_task, len(samples))), pixels, samples)
+            for first in range(0, len(samples), per_task)
         ]
         return _Started(part, regions, samples, futures)
 
@@ -126,18 +126,24 @@ class RowPainter:
     image: Callable[[int], UInt8Array]
 
     def paint(self, planned: BatchPlan, rows: range, pixels: UInt8Array, samples: npt.NDArray[np.int64]) -> list[Failure]:
-        """Writes some rows of a batch into pixels, uint8 [2, B, H, W, 3], and the samples they show in the end into samples, int64 [B]."""
+        """Writes some rows of a batch into pixels, uint8 [2, B, H, W, 3], and the samples they show in the end into samples, int64 [B].
+
+        rows: all copies of each sample among them, which are drawn from one decoded image.
+        """
         failures: list[Failure] = []
         erase_boxes = planned.erase_boxes(self.size)
-        for row in rows:
-            fetched = fetch_or_replace(self.image, self.plan, planned.epoch, int(planned.samples[row]), self.config)
+        repeats = self.plan.repeats
+        for first in rows[::repeats]:
+            copies = slice(first, first + repeats)
+            fetched = fetch_or_replace(self.image, self.plan, planned.epoch, int(planned.samples[first]), self.config)
+            drawn, erased, start = planned, erase_boxes, first
             if fetched.failures:
                 failures += fetched.failures
-                samples[row] = fetched.sample
-                own = self.plan.for_samples(planned.epoch, [fetched.sample])
-                self._draw(fetched.content, own, own.erase_boxes(self.size), 0, pixels[:, row])
-            else:
-                self._draw(fetched.content, planned, erase_boxes, row, pixels[:, row])
+                samples[copies] = fetched.sample
+                drawn, start = self.plan.for_samples(planned.epoch, samples[copies], planned.copies[copies]), 0
+                erased = drawn.erase_boxes(self.size)
+            for copy in range(repeats):
+                self._draw(fetched.content, drawn, erased, start + copy, pixels[:, first + copy])
         return failures
 
     def _draw(self, image: UInt8Array, plan: BatchPlan, erase_boxes: npt.NDArray[np.int32] | None, row: int, out: UInt8Array) -> None:

@@ -100,7 +100,8 @@ class RegionConfig:
 class BatchPlan:
     """What to do with some samples of one epoch. Regions are numbered 0 = A (input) and 1 = B (target).
 
-    epoch: the epoch they are drawn in. samples: int64 [B]. boxes: int32 [B, 2, 4], (y0, x0, y1, x1) pixels of the
+    epoch: the epoch they are drawn in. samples: int64 [B]. copies: int64 [B], which of its pairs of regions this is, from
+    0 (0 throughout unless samples are repeated); the copies of a sample stand side by side. boxes: int32 [B, 2, 4], (y0, x0, y1, x1) pixels of the
     unflipped stored image. flips: bool [B, 2]. The rest is None when the option is off: colour: float32 [B, 2, 3, 4],
     output level = matrix @ (R, G, B, 1) with levels 0 to 255. blur_sigma: float32 [B, 2], output pixels, 0 = no blur.
     erase_fractions: float32 [B, 2, 4], (y0, x0, y1, x1) as fractions of the region, all 0 = nothing erased; see
@@ -109,6 +110,7 @@ class BatchPlan:
 
     epoch: int
     samples: Int64Array
+    copies: Int64Array
     boxes: Int32Array
     flips: BoolArray
     colour: Float32Array | None = None
@@ -140,6 +142,7 @@ class BatchPlan:
         return replace(
             self,
             samples=merged(self.samples, other.samples),
+            copies=merged(self.copies, other.copies),
             boxes=merged(self.boxes, other.boxes),
             flips=merged(self.flips, other.flips),
             colour=merged_option(self.colour, other.colour),
@@ -160,26 +163,35 @@ class Boxes:
 class Plan:
     """Order, boxes, flips and colour for a set of images.
 
-    heights, widths: integer arrays [N], pixels of the stored images, N >= 1. batch_size: of the whole run (all
-    processes, all accumulation parts). seed: of the run. regions: how regions are drawn.
+    heights, widths: integer arrays [N], pixels of the stored images, N >= 1. batch_size: pairs of regions in a step of
+    the whole run (all processes, all accumulation parts). seed: of the run. regions: how regions are drawn. repeats: R,
+    pairs drawn of each image in a step (repeated sampling: Hoffer et al., "Augment your batch", CVPR 2020), each with
+    boxes, flips and colour of its own.
 
-    Steps count from 0 through all epochs; an epoch has N // batch_size steps, and the few samples left over sit out
-    (other ones each epoch). Raises UserError if batch_size is larger than N.
+    Steps count from 0 through all epochs; a step shows batch_size / R images R times each, side by side, and an epoch has
+    N // (batch_size / R) steps; the few samples left over sit out (other ones each epoch). Raises UserError if batch_size
+    is larger than N * R or no multiple of R.
     """
 
-    def __init__(self, heights: npt.ArrayLike, widths: npt.ArrayLike, batch_size: int, seed: int, regions: RegionConfig) -> None:
+    def __init__(
+        self, heights: npt.ArrayLike, widths: npt.ArrayLike, batch_size: int, seed: int, regions: RegionConfig, *, repeats: int = 1
+    ) -> None:
         self.heights = np.asarray(heights, dtype=np.int32)
         self.widths = np.asarray(widths, dtype=np.int32)
         if self.heights.shape != self.widths.shape or self.heights.ndim != 1:
             raise ValueError(f"heights and widths must be [N], not {self.heights.shape} and {self.widths.shape}")
         if batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; it must be at least 1")
-        if batch_size > len(self.heights):
-            raise UserError(
-                f"the batch ({batch_size}) is larger than the data set ({len(self.heights)} images): "
-                f"use a batch of at most {len(self.heights)}, or more images"
-            )
+        if repeats < 1:
+            raise UserError(f"repeats is {repeats}; it must be at least 1")
+        if batch_size % repeats:
+            raise UserError(f"the batch ({batch_size}) is no multiple of repeats ({repeats}), the pairs of regions of an image")
+        most = len(self.heights) * repeats
+        if batch_size > most:
+            shown = f"{len(self.heights)} images" + (f", {repeats} pairs of each" if repeats > 1 else "")
+            raise UserError(f"the batch ({batch_size}) is larger than the data set ({shown}): use a batch of at most {most}, or more images")
         self.batch_size = batch_size
+        self.repeats = repeats
         self.seed = seed
         self.regions = regions
         self._order: tuple[int, Int64Array] | None = None
@@ -190,44 +202,58 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_samples // self.batch_size
+        return self.num_samples // self.images_per_step
+
+    @property
+    def images_per_step(self) -> int:
+        """Different images of a step: batch_size / repeats."""
+        return self.batch_size // self.repeats
 
     def step_samples(self, step: int) -> Int64Array:  # -> [batch_size]
-        """The samples of optimiser step `step` (from 0), int64 [batch_size], in order."""
+        """The samples of optimiser step `step` (from 0), int64 [batch_size], in order; copies of a sample side by side."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self._epoch_order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+        images = self._epoch_order(epoch)[within * self.images_per_step : (within + 1) * self.images_per_step]
+        return np.repeat(images, self.repeats) if self.repeats > 1 else images
 
     def batch(self, step: int, part: int, num_parts: int) -> BatchPlan:
         """Part `part` (from 0) of `num_parts` contiguous parts of the batch of a step. Raises UserError if the parts
-        would not be equal."""
+        would not be equal, or would part the copies of a sample."""
         if num_parts < 1 or self.batch_size % num_parts:
             raise UserError(
                 f"the batch ({self.batch_size}) cannot be cut into {num_parts} equal parts (processes x accumulation): "
                 f"use a batch that is a multiple of {num_parts}"
             )
+        if self.batch_size // num_parts % self.repeats:
+            raise UserError(
+                f"a part of the batch ({self.batch_size} / {num_parts} = {self.batch_size // num_parts}) is no multiple of repeats "
+                f"({self.repeats}), whose pairs come from one decoded image: use a batch that is a multiple of {num_parts * self.repeats}"
+            )
         if not 0 <= part < num_parts:
             raise ValueError(f"part {part} is not one of {num_parts}")
         size = self.batch_size // num_parts
         samples = self.step_samples(step)[part * size : (part + 1) * size]
-        return self.for_samples(step // self.steps_per_epoch, samples)
+        return self.for_samples(step // self.steps_per_epoch, samples, np.arange(size) % self.repeats)
 
-    def for_samples(self, epoch: int, samples: npt.ArrayLike) -> BatchPlan:
-        """Boxes, flips and colour of these samples (integers [B], repetition allowed) in an epoch."""
+    def for_samples(self, epoch: int, samples: npt.ArrayLike, copies: npt.ArrayLike | None = None) -> BatchPlan:
+        """Boxes, flips and colour of these samples (integers [B], repetition allowed) in an epoch. copies: integers [B],
+        which copy of its sample each is; None = the first."""
         samples = np.asarray(samples, dtype=np.int64)
+        copies = np.zeros_like(samples) if copies is None else np.asarray(copies, dtype=np.int64)
         heights, widths = self.heights[samples], self.widths[samples]
-        seeds = sample_seeds(self.seed, epoch, samples, Stream.REGIONS)
+        seeds = sample_seeds(self.seed, epoch, samples, Stream.REGIONS, copies)
         # Region B takes the draws that follow those of region A; both are drawn in one go, which is twice as fast.
         both = np.stack([seeds, seeds + np.uint64(BOX_DRAWS * GOLDEN % (1 << 64))], axis=1)
         boxes = draw_boxes(np.repeat(heights, 2), np.repeat(widths, 2), both.ravel(), self.regions).boxes
-        colour, blur_sigma = self._draw_colour(epoch, samples)
+        colour, blur_sigma = self._draw_colour(epoch, samples, copies)
         return BatchPlan(
             epoch=epoch,
             samples=samples,
+            copies=copies,
             boxes=boxes.reshape(len(samples), 2, 4),
-            flips=self._draw_flips(epoch, samples),
+            flips=self._draw_flips(epoch, samples, copies),
             colour=colour,
             blur_sigma=blur_sigma,
-            erase_fractions=self._draw_erasing(epoch, samples),
+            erase_fractions=self._draw_erasing(epoch, samples, copies),
         )
 
     def replacement(self, epoch: int, sample: int, attempt: int) -> int:
@@ -248,18 +274,18 @@ class Plan:
             self._order = cached
         return cached[1]
 
-    def _draw_flips(self, epoch: int, samples: Int64Array) -> BoolArray:
-        words = draws(sample_seeds(self.seed, epoch, samples, Stream.FLIPS), 2)
+    def _draw_flips(self, epoch: int, samples: Int64Array, copies: Int64Array) -> BoolArray:
+        words = draws(sample_seeds(self.seed, epoch, samples, Stream.FLIPS, copies), 2)
         flips = uniforms(words) < self.regions.flip_prob
         if not self.regions.independent_flips:
             flips[:, 1] = flips[:, 0]
         return flips
 
-    def _draw_colour(self, epoch: int, samples: Int64Array) -> tuple[Float32Array | None, Float32Array | None]:
+    def _draw_colour(self, epoch: int, samples: Int64Array, copies: Int64Array) -> tuple[Float32Array | None, Float32Array | None]:
         config = self.regions
         if not config.has_colour and config.blur_prob == 0:
             return None, None
-        values = uniforms(draws(sample_seeds(self.seed, epoch, samples, Stream.COLOUR), 10))
+        values = uniforms(draws(sample_seeds(self.seed, epoch, samples, Stream.COLOUR, copies), 10))
         colour = blur_sigma = None
         if config.has_colour:
             matrices = np.repeat(colour_matrices(config, values[:, :6])[:, None], 2, axis=1)
@@ -274,11 +300,11 @@ class Plan:
             blur_sigma = sigmas.astype(np.float32)
         return colour, blur_sigma
 
-    def _draw_erasing(self, epoch: int, samples: Int64Array) -> Float32Array | None:
+    def _draw_erasing(self, epoch: int, samples: Int64Array, copies: Int64Array) -> Float32Array | None:
         config = self.regions
         if config.erasing_prob == 0:
             return None
-        words = draws(sample_seeds(self.seed, epoch, samples, Stream.ERASING), 10)
+        words = draws(sample_seeds(self.seed, epoch, samples, Stream.ERASING, copies), 10)
         values = uniforms(words).reshape(-1, 2, 5)
         low, high = config.erasing_scale
         area = low + values[..., 1] * (high - low)

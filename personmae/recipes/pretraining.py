@@ -39,6 +39,7 @@ class DataConfig:
     index_dir: Path | None = None  # where the index of the source is kept; by default in the user's cache
     verify: Verify = "auto"  # the shards of a pack, at the start: by SHA-256 once (auto) or each time (always), or by length alone (no)
     regions: RegionConfig = RegionConfig()
+    repeats: int = 1  # pairs of regions drawn of each image in a step, from one decoding; an epoch shows each image so many times
     loader: LoaderConfig = LoaderConfig()
 
 
@@ -51,7 +52,7 @@ class PretrainConfig:
     data: DataConfig = DataConfig()
     model: MaskedConfig = MaskedConfig()
     teacher: TeacherConfig = TeacherConfig()
-    batch_size: int = 2048  # images of one optimiser step, over all processes and accumulation
+    batch_size: int = 2048  # pairs of regions of one optimiser step (images, if data.repeats is 1), over all processes and accumulation
     accumulation: int = 1  # micro-batches in a step of each process
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
