@@ -26,7 +26,8 @@ from benchmarks._measure import RESULTS, spread, write_result
 from personmae.configs import UserError
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.loaders import LoaderConfig, has_dali, open_loader
-from personmae.data.plan import Plan, RegionConfig
+from personmae.data.plan import Plan
+from personmae.data.region_draws import RegionConfig
 
 
 def main() -> None:

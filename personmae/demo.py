@@ -23,7 +23,7 @@ def main(config: DemoConfig) -> Path:
     data = draw(config)
     recipe = replace(vit_nano(), preset="vit-nano", seed=config.seed, run_dir=config.folder / f"run-seed{config.seed}")
     schedule = replace(recipe.schedule, steps=config.steps or recipe.schedule.steps)
-    run = replace(recipe, data=replace(recipe.data, source=data.unlabelled), schedule=schedule)
+    run = replace(recipe, data=replace(recipe.data, source=str(data.unlabelled)), schedule=schedule)
     done = pretrain.main(run)
     if done < (schedule.steps or 0):
         raise UserError(f"the demo was stopped at step {done}; the same command continues it")

@@ -7,7 +7,9 @@ python personmae/pretrain.py vit-nano --data.source CROPS          one process, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,14 @@ from torch import Tensor, nn
 
 from personmae.configs import UserError, parse_flags, to_plain, user_errors_exit
 from personmae.data.image_index import ImageIndex, build_index
-from personmae.data.images import UnreadableImage, sample_box
+from personmae.data.images import UInt8Array, sample_box
 from personmae.data.kept_index import keep_index, read_kept_index
 from personmae.data.loaders import RegionBatch, open_loader
+from personmae.data.order import GLOBAL_ORDER, choose_order
 from personmae.data.packs.manifest import is_pack
+from personmae.data.packs.streaming import open_streamed_pack
 from personmae.data.plan import BatchPlan, Plan
+from personmae.data.remote import is_address, redacted
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.masked import PersonMAE, RegionInputs, longest_sequence
 from personmae.models.masking import draw_masks
@@ -65,14 +70,28 @@ def main(config: PretrainConfig) -> int:
             raise UserError("no images were given; add --data.source FOLDER (or a text file with one path a line)")
         # What the run is over and where it stands: found by the main process, the same in all.
         index = processes.from_main(lambda: open_index(config))
+        # An address may hold a password, which nothing that is written from here on is to repeat.
+        shown = redacted(str(config.data.source))
+        config = replace(config, data=replace(config.data, source=shown))
         digest = index.digest()
         checkpoints = config.run_dir / "checkpoints"
         with processes.main_first():
-            plan = Plan(index.heights, index.widths, config.batch_size, config.seed, config.data.regions, repeats=config.data.repeats)
+            windows = choose_order(config.data.order, config.data.order_window, index.storage, config.seed)
+            order = windows.identity if windows else GLOBAL_ORDER
+            plan = Plan(
+                index.heights,
+                index.widths,
+                config.batch_size,
+                config.seed,
+                config.data.regions,
+                repeats=config.data.repeats,
+                order=windows,
+                neighbours=windows.neighbours if windows else None,
+            )
             plan.batch(0, 0, processes.world_size * config.accumulation)
             say = print if processes.is_main else silence
             allowed = config.resume == "auto"
-            saved = load_to_resume(checkpoints, config, FREE_SETTINGS, digest, config.data.source, say, allowed=allowed)
+            saved = load_to_resume(checkpoints, config, FREE_SETTINGS, digest, shown, say, allowed=allowed, order=order)
         first = saved.step if saved else 0
         processes.check_same_step(first)
         total = num_steps(config.schedule, plan.steps_per_epoch)
@@ -92,6 +111,7 @@ def main(config: PretrainConfig) -> int:
         )
         with logbook:
             logbook.announce(f"{config.preset}: {total} steps of {config.batch_size} images on {processes.description}")
+            logbook.announce(f"order of the images: {order}")
             precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
             # The model, its teacher and its optimiser.
@@ -129,6 +149,8 @@ def main(config: PretrainConfig) -> int:
                 accumulation=config.accumulation,
                 announce=logbook.announce,
             )
+            # Kept: a stream leaves them far behind.
+            images = index.readable(pictured.samples.tolist()) if processes.is_main or sharded else {}
             max_bad = config.data.loader.max_bad_ratio
             quarantine = Quarantine(config.run_dir, len(index), max_bad, processes.is_main, logbook.announce, resume_step=first)
             writer = CheckpointWriter(checkpoints, config.keep_last, logbook.announce)
@@ -190,7 +212,7 @@ def main(config: PretrainConfig) -> int:
                         # By the main process's clock.
                         checkpoint_due |= met[0][1]
                     if checkpoint_due:
-                        state = whole_state(checkpoint_state(config, digest, model, moving_teacher, optimiser), processes.is_main)
+                        state = whole_state(checkpoint_state(config, digest, model, moving_teacher, optimiser, order=order), processes.is_main)
                         with processes.main_first():
                             if processes.is_main:
                                 writer.save(step, state)
@@ -199,7 +221,7 @@ def main(config: PretrainConfig) -> int:
                         del state
                     if pictures_due:
                         with gathered(model), autocast(device, precision):
-                            draw_reconstructions(model, index, pictured, config, device, step, save=processes.is_main)
+                            draw_reconstructions(model, images, pictured, config, device, step, save=processes.is_main)
 
             student = whole_encoder(model.encoder)
             follower = whole_encoder(teacher.encoder) if isinstance(teacher.encoder, VisionTransformer) and moving_teacher else None
@@ -289,25 +311,25 @@ def to_inputs(batch: RegionBatch, config: PretrainConfig, device: torch.device) 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: PersonMAE, index: ImageIndex, chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int, *, save: bool
+    model: PersonMAE, images: Mapping[int, UInt8Array], chosen: BatchPlan, config: PretrainConfig, device: torch.device, step: int, *, save: bool
 ) -> None:
-    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing. save: False only computes."""
+    """A picture of the chosen samples: region A masked, region B, and B as predicted; without colour, blur or erasing.
+
+    images: sample -> uint8 [H, W, 3]; samples without one are left out. save: False only computes.
+    """
     if config.model.losses == "features":
         return
     size = config.model.encoder.image_size
     regions, rows = [], []
-    for row, sample in enumerate(chosen.samples):
-        try:
-            image = index.image(int(sample))
-        except UnreadableImage:
-            continue  # gone bad since it was indexed; the loader reports such files
-        rows.append(row)
-        regions.append([sample_box(image, chosen.boxes[row, k], bool(chosen.flips[row, k]), size) for k in (0, 1)])
+    for row, sample in enumerate(chosen.samples.tolist()):
+        if sample in images:
+            rows.append(row)
+            regions.append([sample_box(images[sample], chosen.boxes[row, k], bool(chosen.flips[row, k]), size) for k in (0, 1)])
     if not rows:
         return
-    images = torch.from_numpy(np.array(regions))
+    pair = torch.from_numpy(np.array(regions))
     boxes, flips, samples = (torch.from_numpy(values[rows]) for values in (chosen.boxes, chosen.flips, chosen.samples))
-    batch = RegionBatch(images[:, 0], images[:, 1], boxes, flips, samples, samples, epoch=0, step=0, micro=0)
+    batch = RegionBatch(pair[:, 0], pair[:, 1], boxes, flips, samples, samples, epoch=0, step=0, micro=0)
     inputs = to_inputs(batch, config, device)
     picture = reconstruction_picture(
         inputs.region_a.cpu(),
@@ -334,18 +356,24 @@ def open_index(config: PretrainConfig) -> ImageIndex:
     Raises UserError if the run folder cannot be written or the source holds no image.
     """
     check_run_dir(config.run_dir)
-    assert config.data.source is not None
+    data = config.data
+    assert data.source is not None
+    if is_address(data.source):
+        # It has an index of its own, as a pack on a disk has, and is there to be opened again.
+        window = None if data.order == "global" else data.order_window
+        return open_streamed_pack(data.source, data.stream, data.index_dir, window=window)
+    source = Path(data.source).expanduser()
     kept = config.run_dir / "index.npz"
     goes_on = bool(list_checkpoints(config.run_dir / "checkpoints")) and kept.exists()
     if goes_on:
         began_with = read_kept_index(kept)
         # A pack has an index of its own, which says where its images lie now; whether they are the same ones is asked of the checkpoint.
-        if began_with.source == config.data.source.absolute() and not is_pack(config.data.source):
+        if began_with.source == source.absolute() and not is_pack(source):
             print(f"images: the {len(began_with.index)} that the run began with ({kept})")
             return began_with.index
-    index = build_index(config.data.source, config.data.index_dir, verify=config.data.verify)
+    index = build_index(source, data.index_dir, verify=data.verify)
     if not goes_on:
-        keep_index(config.data.source, index, kept)
+        keep_index(source, index, kept)
     return index
 
 

@@ -172,7 +172,8 @@ import torch
 from personmae.data import thread_pool
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.loaders import LoaderConfig, open_loader
-from personmae.data.plan import Plan, RegionConfig
+from personmae.data.plan import Plan
+from personmae.data.region_draws import RegionConfig
 
 thread_pool.CLOSE_SECONDS = 0.3
 index = build_index(Path(sys.argv[1]), Path(sys.argv[2]), progress=False)

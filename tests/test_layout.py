@@ -43,12 +43,13 @@ HOMES = {
     "cv2": ["personmae/data/"],
     "simplejpeg": ["personmae/data/"],
     "PIL": ["personmae/data/", "personmae/visuals/"],
+    "fsspec": ["personmae/data/remote.py"],
     "lmdb": ["personmae/data/packs/lmdb_source.py", "personmae/data/reid/luperson.py"],
     "tqdm": ["personmae/data/", "personmae/evaluation/progress.py", "personmae/training/"],
     "tyro": ["personmae/configs.py", "personmae/recipes/", "personmae/tasks/", "personmae/cli.py"],
 }
 # These may be missing, so nothing imports them before they are used.
-OPTIONAL = ["nvidia.dali", "xformers", "faiss", "apex", "lmdb", "personmae_kernels._C"]
+OPTIONAL = ["nvidia.dali", "xformers", "faiss", "apex", "lmdb", "fsspec", "personmae_kernels._C"]
 
 # `torchrun personmae/pretrain.py` puts personmae/ first on the path, and a benchmark's run benchmarks/: a file there must not hide these.
 TAKEN = set(sys.stdlib_module_names) | {

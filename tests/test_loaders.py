@@ -22,7 +22,8 @@ from personmae.data import delivery, loader_threads, loaders
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.images import UnreadableImage, read_image, sample_box
 from personmae.data.loaders import LoaderConfig, open_loader
-from personmae.data.plan import Plan, RegionConfig
+from personmae.data.plan import Plan
+from personmae.data.region_draws import RegionConfig
 from tests.bad_images import HEIGHT, WIDTH, encoded, picture, readable_samples, spoil, write_corpus, write_people
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None

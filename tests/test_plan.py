@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personmae.configs import UserError
-from personmae.data.plan import BOX_DRAWS, MIN_BOX_PX, Plan, RegionConfig, colour_matrices, draw_boxes
+from personmae.data.plan import Plan
+from personmae.data.region_draws import BOX_DRAWS, MIN_BOX_PX, RegionConfig, colour_matrices, draw_boxes
 from personmae_kernels.sample_random import Stream, draws, sample_seeds, uniforms
 
 COLOURED = RegionConfig(brightness=0.4, contrast=0.4, saturation=0.3, hue=0.1, grey_prob=0.2, blur_prob=0.3, erasing_prob=0.4, independent_flips=True)

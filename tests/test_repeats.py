@@ -9,7 +9,8 @@ import torch
 from personmae.configs import UserError
 from personmae.data.image_index import ImageIndex
 from personmae.data.loaders import RegionBatch
-from personmae.data.plan import Plan, RegionConfig
+from personmae.data.plan import Plan
+from personmae.data.region_draws import RegionConfig
 from personmae.pretrain import to_inputs
 from personmae.recipes.pretraining import vit_nano
 from personmae_kernels.sample_random import Stream, sample_seeds

@@ -39,6 +39,7 @@ class Stream(enum.IntEnum):
     ERASING = 6
     REPLACEMENT = 7
     MANNEQUIN = 8
+    SHARDS = 12
 
 
 def mix(values: UInt64Array) -> UInt64Array:

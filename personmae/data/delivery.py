@@ -111,7 +111,7 @@ class Failure:
     """A sample that could not be read: where and why."""
 
     sample: int
-    path: Path
+    path: Path | str
     reason: str
 
 
@@ -140,12 +140,15 @@ def part_plans(plan: Plan, *, first_step: int, last_step: int, rank: int, world_
 
 
 def fetch_with_retries(fetch: Callable[[int], Content], sample: int, config: LoaderConfig) -> Content:
-    """What `fetch(sample)` gives, tried again after a pause when it raises UnreadableImage; the last such error is passed on."""
+    """What `fetch(sample)` gives, tried again after a pause when it raises UnreadableImage; the last such error is passed on, and at once what was
+    tried long enough already."""
     pause = config.retry_seconds
     for _ in range(config.retries):
         try:
             return fetch(sample)
-        except UnreadableImage:
+        except UnreadableImage as error:
+            if error.tried:
+                raise
             time.sleep(pause)
             pause *= 4
     return fetch(sample)
@@ -220,6 +223,7 @@ class Loader(ABC):
         self._driver = ThreadPool(1, "loader")
         self._ahead: deque[Future[Prepared | None]] = deque()
         self._closed = self._left_behind = False
+        self._end: Callable[[], None] | None = None
         self._closing = threading.Lock()
 
     @abstractmethod
@@ -267,11 +271,17 @@ class Loader(ABC):
             if self._closed:
                 return
             self._closed = True
+        if self._end is not None:
+            self._end()
         if self._driver.close():
             # The driving thread is gone, so the generator is idle and its clean-up can run here.
             self._batches.close()  # type: ignore[attr-defined]
         else:
             self._left_behind = True
+
+    def ends_with(self, end: Callable[[], None]) -> None:
+        """Have something else closed with the loader."""
+        self._end = end
 
     def _wait(self, future: Future[Prepared | None]) -> Prepared | None:
         """What a task gives. Raises CancelledError if the loader is closed meanwhile."""

@@ -12,6 +12,7 @@ The paths of millions of files take one bytes object and one array of offsets; n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,9 +75,17 @@ class ImageIndex:
         """The path of a sample as the source has it: relative to `root`, or absolute if a list says so."""
         return os.fsdecode(bytes(self.names[self.offsets[sample] : self.offsets[sample + 1]]))
 
-    def path(self, sample: int) -> Path:
-        """Where a sample lies, for people; of a pack, the shard and the name: see `read` and `image`."""
+    def path(self, sample: int) -> Path | str:
+        """Where a sample lies, for people; of a pack, the shard and the name (a text, of one behind an address): see `read` and `image`."""
         return self.storage.path(sample, self.name(sample))
+
+    def readable(self, samples: Sequence[int]) -> dict[int, UInt8Array]:
+        """Sample -> its pixels, uint8 [H, W, 3], but of those that have gone bad since they were indexed: a loader reports such files."""
+        images = {}
+        for sample in samples:
+            with contextlib.suppress(UnreadableImage):
+                images[sample] = self.image(sample)
+        return images
 
     def is_there(self, sample: int) -> bool:
         """Whether the file that holds a sample still exists."""
@@ -174,18 +183,22 @@ def build_index(
     return index
 
 
+def user_cache() -> Path:
+    """The folder of this program in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "personmae"
+
+
 def default_cache_dir(source: Path) -> Path:
     """The folder of the user's cache that keeps the index of this source."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     resolved = source.resolve()
     key = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:12]
-    return Path(base) / "personmae" / "indexes" / f"{resolved.name or 'root'}-{key}"
+    return user_cache() / "indexes" / f"{resolved.name or 'root'}-{key}"
 
 
 def as_files(index: ImageIndex, samples: Sequence[int], folder: Path) -> list[Path]:
     """Paths of samples as files: their own, or of a pack copies that are written into `folder`. Raises UserError naming one that cannot be read."""
     if isinstance(index.storage, FileStorage):
-        return [index.path(sample) for sample in samples]
+        return [index.storage.path(sample, index.name(sample)) for sample in samples]
     paths = []
     for sample in samples:
         try:

@@ -53,14 +53,15 @@ _DECODE_ERRORS = (
 
 
 class UnreadableImage(ValueError):
-    """An image file that cannot be used. `path` and `reason` say which and why; `by_system` if it could not be read at
-    all (it may be back later)."""
+    """An image file that cannot be used. `path` (a text for one behind an address) and `reason` say which and why;
+    `by_system` if it could not be read at all (it may be back later); `tried` if it was waited for long enough."""
 
-    def __init__(self, path: Path, reason: str, by_system: bool = False) -> None:
+    def __init__(self, path: Path | str, reason: str, by_system: bool = False, tried: bool = False) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
         self.by_system = by_system
+        self.tried = tried
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
     return data
 
 
-def read_header(data: bytes, path: Path) -> ImageHeader:
+def read_header(data: bytes, path: Path | str) -> ImageHeader:
     """Format and dimensions, without decoding a pixel. Raises UnreadableImage for anything but a JPEG, PNG, WebP, BMP or
     TIFF header."""
     try:
@@ -152,7 +153,7 @@ def turn_upright(image: UInt8Array, orientation: int) -> UInt8Array:  # [H, W, 3
     return np.ascontiguousarray(image)
 
 
-def decode(data: bytes, path: Path) -> UInt8Array:  # -> [H, W, 3] RGB
+def decode(data: bytes, path: Path | str) -> UInt8Array:  # -> [H, W, 3] RGB
     """The pixels of an image file's content, uint8 RGB [H, W, 3], C-contiguous, as stored (EXIF orientation ignored).
 
     Raises UnreadableImage if the content is truncated, damaged, or in another format. Does not limit dimensions: see

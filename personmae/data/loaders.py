@@ -12,6 +12,8 @@ from personmae.data.delivery import Loader, LoaderConfig, RegionBatch, available
 from personmae.data.image_index import ImageIndex
 from personmae.data.loader_threads import ThreadLoader
 from personmae.data.plan import Plan
+from personmae.data.shards_ahead import ShardsAhead
+from personmae.data.streamed_storage import StreamedStorage
 
 __all__ = ["Loader", "LoaderConfig", "RegionBatch", "open_loader"]
 
@@ -51,7 +53,12 @@ def open_loader(
         # What is wrong with the parts is better said here than in a thread, later.
         plan.batch(first_step, rank, world_size * accumulation)
     parts = part_plans(plan, first_step=first_step, last_step=last_step, rank=rank, world_size=world_size, accumulation=accumulation)
-    num_threads = config.num_threads or max(1, available_cores() // (local_world_size or world_size))
+    sharers = local_world_size or world_size
+    ahead = None
+    if isinstance(index.storage, StreamedStorage) and first_step < last_step:
+        ahead = ShardsAhead(index.storage, plan, first_step, last_step, max(1, index.storage.fetches // sharers))
+        parts = ahead.watch(parts)
+    num_threads = config.num_threads or max(1, available_cores() // sharers)
     kind, why = choose_loader(config.kind, device)
     loader: Loader
     if kind == "dali":
@@ -61,6 +68,8 @@ def open_loader(
         loader = DaliLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads)
     else:
         loader = ThreadLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads)
+    if ahead is not None:
+        loader.ends_with(ahead.close)
     announce(f"loader: {loader.description} ({why})")
     return loader
 

@@ -22,7 +22,7 @@ class Storage(Protocol):
     def root(self) -> Path:
         """The folder that holds it all."""
 
-    def path(self, sample: int, name: str) -> Path:
+    def path(self, sample: int, name: str) -> Path | str:
         """Where the image lies, for people."""
 
     def read(self, sample: int, name: str) -> bytes:
@@ -111,11 +111,11 @@ class _OpenShards:
                     self._by_number[number] = descriptor
             if close_after:
                 try:
-                    return _read_fully(descriptor, length, position)
+                    return read_fully(descriptor, length, position)
                 finally:
                     os.close(descriptor)
         try:
-            return _read_fully(descriptor, length, position)
+            return read_fully(descriptor, length, position)
         except OSError:
             # The next try opens the shard anew: network disks forget descriptors.
             with self._lock:
@@ -128,7 +128,7 @@ class _OpenShards:
             os.close(descriptor)
 
 
-def _read_fully(descriptor: int, length: int, position: int) -> bytes:
+def read_fully(descriptor: int, length: int, position: int) -> bytes:
     """`length` bytes, or fewer at the end of the file: one call nearly always, but the system may give less than asked for."""
     data = os.pread(descriptor, length, position)
     while len(data) < length:

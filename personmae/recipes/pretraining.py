@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 
 from personmae.configs import UserError, require_positive
 from personmae.data.loaders import LoaderConfig
+from personmae.data.order import OrderKind
 from personmae.data.packs.manifest import Verify
-from personmae.data.plan import RegionConfig
+from personmae.data.region_draws import RegionConfig
+from personmae.data.shard_cache import StreamConfig
 from personmae.models.attention import AttentionKind
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig
@@ -35,12 +37,20 @@ with contextlib.suppress(ModuleNotFoundError):
 class DataConfig:
     """Where the person crops are and how regions are cut from them."""
 
-    source: Path | None = None  # a folder of images (any depth), a text file with one path a line, or a pack
+    # A folder of images (any depth), a text file with one path a line, a pack, or the address of a pack: s3://, gs://, https://, file://.
+    source: str | None = None
     index_dir: Path | None = None  # where the index of the source is kept; by default in the user's cache
     verify: Verify = "auto"  # the shards of a pack, at the start: by SHA-256 once (auto) or each time (always), or by length alone (no)
+    # Images shuffled over the whole set (global), or shards and then the images of some shards (windows); auto: windows for an address, else global.
+    order: OrderKind = "auto"
+    order_window: int = 16  # shards whose images are shuffled together
     regions: RegionConfig = RegionConfig()
     repeats: int = 1  # pairs of regions drawn of each image in a step, from one decoding; an epoch shows each image so many times
     loader: LoaderConfig = LoaderConfig()
+    stream: StreamConfig = StreamConfig()
+
+    def __post_init__(self) -> None:
+        require_positive(self, "order_window")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +95,11 @@ FREE_SETTINGS = (
     "data.source",
     "data.index_dir",
     "data.verify",
+    # What these give is compared, not they: the order follows from the source too.
+    "data.order",
+    "data.order_window",
     "data.loader",
+    "data.stream",
     "accumulation",
     "device",
     "attention",

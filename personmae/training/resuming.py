@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 from personmae.configs import UserError, differences, from_plain, to_plain
+from personmae.data.order import GLOBAL_ORDER
 from personmae.training.checkpoints import Checkpoint, load_newest, restore_module, restore_optimiser
 from personmae.training.parallel import divided_moments
 
 
-def checkpoint_state(config: object, digest: str, model: nn.Module, teacher: nn.Module | None, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint holds. digest: of the run's index. teacher: None if it does not change.
+def checkpoint_state(
+    config: object, digest: str, model: nn.Module, teacher: nn.Module | None, optimiser: torch.optim.Optimizer, *, order: str = GLOBAL_ORDER
+) -> dict[str, Any]:
+    """What a checkpoint holds. digest: of the run's index. teacher: None if it does not change. order: which one the samples come in.
 
     Order, boxes, flips and masks need no state: they follow from the seed and the step.
     """
     return {
         "config": to_plain(config),
         "index": digest,
+        "order": order,
         "model": model.state_dict(),
         "teacher": None if teacher is None else teacher.state_dict(),
         "optimiser": optimiser.state_dict(),
@@ -29,13 +33,21 @@ def checkpoint_state(config: object, digest: str, model: nn.Module, teacher: nn.
 
 
 def load_to_resume(
-    folder: Path, config: Any, free: Sequence[str], digest: str, source: Path, say: Callable[[str], object], *, allowed: bool
+    folder: Path,
+    config: Any,
+    free: Sequence[str],
+    digest: str,
+    source: str | Path,
+    say: Callable[[str], object],
+    *,
+    allowed: bool,
+    order: str = GLOBAL_ORDER,
 ) -> Checkpoint | None:
     """The newest good checkpoint of a folder, checked against this run; None to start from nothing.
 
     config: of this run. free: the settings that may differ. digest: of the run's index. source: of its images, for the message. say: is told of
-    broken checkpoints. Every process reads the same file. Raises UserError if it is of other settings or other images, or if there are checkpoints
-    and continuing is not `allowed`.
+    broken checkpoints. order: that the samples come in. Every process reads the same file. Raises UserError if it is of other settings, other images
+    or another order, or if there are checkpoints and continuing is not `allowed`.
     """
     saved = load_newest(folder, say)
     if saved is None:
@@ -52,6 +64,11 @@ def load_to_resume(
         raise UserError(
             f"{saved.path} was trained on other images than {source} holds now; choose another --run-dir, or restore the images"
         )
+    # Those of before there was a choice say nothing.
+    saved_order = saved.state.get("order", GLOBAL_ORDER)
+    if saved_order != order:
+        cure = "--data.order global" if saved_order == GLOBAL_ORDER else "--data.order windows with that --data.order-window, on the same shards"
+        raise UserError(f"{saved.path} was trained in another order of the images ({saved_order}; now: {order}): give {cure}, or another --run-dir")
     return saved
 
 

@@ -25,6 +25,7 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
 SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 COLUMN_NAME = re.compile(r"index/[a-z_]+\.npy")
+_CURE = "copy it again from where the pack was made, or pack again into a new folder"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -82,16 +83,22 @@ def read_manifest(folder: Path) -> Manifest:
     if is_unfinished(folder):
         raise UserError(f"{folder} is a pack that is not finished: start the personmae pack command again, it goes on where it stopped")
     file = folder / MANIFEST_FILE
-    cure = "copy it again from where the pack was made, or pack again into a new folder"
     try:
         if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise UserError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes, no manifest of a pack: {cure}")
-        content = json.loads(file.read_bytes())
+            raise UserError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes, no manifest of a pack: {_CURE}")
+        data = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    return parse_manifest(data, str(file))
+
+
+def parse_manifest(data: bytes, file: str) -> Manifest:
+    """The manifest in a file's content. file: its name for messages. Raises UserError as `read_manifest` does."""
+    try:
+        content = json.loads(data)
     # Deep nesting exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}): {cure}") from error
+        raise UserError(f"{file} is damaged ({error}): {_CURE}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{file} is not the manifest of a pack")
     if content.get("version") != VERSION:
@@ -99,10 +106,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = from_plain(Manifest, content)
     except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): {cure}") from error
+        raise UserError(f"{file} is damaged ({error}): {_CURE}") from error
     problem = _problem(manifest)
     if problem:
-        raise UserError(f"{file} is damaged ({problem}): {cure}")
+        raise UserError(f"{file} is damaged ({problem}): {_CURE}")
     return manifest
 
 

@@ -30,6 +30,8 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "names": np.uint8,
     "offsets": np.int64,
 }
+# The same as files of the pack.
+COLUMN_FILES = frozenset(f"index/{name}.npy" for name in _COLUMNS)
 _BLOCK_BYTES = 4 << 20
 _CURE = "copy it again from where the pack was made, or pack again into a new folder"
 
