@@ -1,7 +1,9 @@
-"""Images per second of both loaders, from files to batches: python benchmarks/loading.py [--source DIR]
+"""Pairs of regions per second from JPEG files to batches, for each way to load them: python benchmarks/loading.py [--source DIR]
 
-An image counts once, though it gives two regions. Without --source the images are drawn: JPEGs of person shape, 363 x 149 pixels in the mean. The
-loaders take turns, so that a busy machine slows both alike. The operating system's cache is warm; the threads loader's own is off unless asked for.
+The ways (`_loading_ways.py`) are the loaders of a run with their options, and the usual one, PIL and torchvision in a DataLoader, with the same
+crops of the same files; on one core, and on all. Without --source the files are drawn: JPEGs of person shape, 363 x 149 pixels in the mean. Ways take
+turns, so that a busy machine slows all alike. The operating system's cache is warm, decoded images are kept only where the way says so. Then the
+stages of one image, on one core.
 """
 
 from __future__ import annotations
@@ -22,91 +24,101 @@ import torch
 # A program's own folder is on the path, the root is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._loading_stages import time_stages
+from benchmarks._loading_ways import WAYS, Task, open_way, why_not
 from benchmarks._measure import RESULTS, spread, write_result
 from personmae.configs import UserError
-from personmae.data.image_index import ImageIndex, build_index
-from personmae.data.loaders import LoaderConfig, has_dali, open_loader
-from personmae.data.plan import Plan
+from personmae.data.image_index import build_index
 from personmae.data.region_draws import RegionConfig
 
+# Batches that are loaded before any is timed: more than are made ahead.
+_NUM_WARM_UP = 8
 
-def main() -> None:
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="folder or list of images; drawn if not given")
     parser.add_argument("--num-images", type=int, default=2000, help="how many to draw")
-    parser.add_argument("--kinds", nargs="+", choices=["threads", "dali"], help="loaders; all that are installed if not given")
-    parser.add_argument("--num-threads", type=int, nargs="+", default=[0], help="thread counts to try, 0 = one for each core")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--num-cores", type=int, nargs="+", help="how many to use; one and all if not given")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--size", type=int, nargs=2, default=[256, 128], metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--cache-gib", type=float, default=0.0, help="decoded images that the threads loader may keep")
     parser.add_argument("--num-batches", type=int, default=15, help="batches timed in each turn")
     parser.add_argument("--num-turns", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dali-decode", choices=["cpu", "mixed"], default="cpu")
-    parser.add_argument("--colour", action="store_true", help="colour jitter, blur and erasing as well")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where batches are delivered")
+    parser.add_argument("--colour", action="store_true", help="colour jitter as well")
     parser.add_argument("--output", type=Path, default=RESULTS / "loading.json")
-    options = parser.parse_args()
-    kinds = options.kinds or (["threads", "dali"] if has_dali() else ["threads"])
+    options = parser.parse_args(arguments)
+    all_cores = len(os.sched_getaffinity(0))
+    num_cores = options.num_cores or sorted({1, all_cores})
+    if not 1 <= min(num_cores) <= max(num_cores) <= all_cores:
+        parser.error(f"--num-cores is {' '.join(map(str, num_cores))}; this machine has {all_cores}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             if options.source is None:
                 draw_people(Path(folder) / "people", options.num_images)
-            index = build_index(options.source or Path(folder) / "people", Path(folder) / "index")
-            results = compare(index, kinds, options)
+            index = build_index(options.source or Path(folder) / "people", Path(folder) / "index", progress=False)
+            regions = RegionConfig(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1) if options.colour else RegionConfig()
+            task = Task(index, options.batch_size, tuple(options.size), regions, torch.device(options.device), Path(folder) / "decoded")
+            rows = compare(task, num_cores, options)
+            stages = time_stages(task, 500, options.num_turns)
     except UserError as error:
         parser.error(str(error))
-    for row in results:
-        print(f"{row['kind']:8s} {row['num_threads']:2d} threads: {row['images_per_second']} images/s")
-        print(f"{'':20s} {row['cpu_microseconds_per_image']} us of processor time for each")
+    show(rows, stages)
     about = {"images": len(index), "mean_height_px": float(index.heights.mean()), "mean_width_px": float(index.widths.mean())}
-    write_result(options.output, "loading", {**vars(options), **about, "mean_bytes": float(index.num_bytes.mean())}, results)
+    settings = {**vars(options), "num_cores": num_cores, **about, "mean_bytes": float(index.num_bytes.mean())}
+    write_result(options.output, "loading", settings, [*rows, *stages])
     print(f"written to {options.output}")
+    return 0
 
 
-def compare(index: ImageIndex, kinds: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each loader and number of threads, timed in turns."""
-    coloured = RegionConfig(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur_prob=0.2, erasing_prob=0.3)
-    plan = Plan(index.heights, index.widths, options.batch_size, 0, coloured if options.colour else RegionConfig())
-    variants: list[tuple[Any, int]] = [(kind, num_threads) for kind in kinds for num_threads in options.num_threads]
+def compare(task: Task, num_cores: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each way and number of cores, timed in turns; those that cannot run here say why."""
+    left_out = {way: reason for way in options.ways if (reason := why_not(way, task.device))}
+    variants = [(way, cores) for cores in num_cores for way in options.ways if way not in left_out]
     speeds: dict[tuple[str, int], list[float]] = {variant: [] for variant in variants}
-    costs: dict[tuple[str, int], list[float]] = {variant: [] for variant in variants}
     for turn in range(options.num_turns):
-        for kind, num_threads in variants:
-            config = LoaderConfig(kind=kind, num_threads=num_threads, cache_gib=options.cache_gib, dali_decode=options.dali_decode)
-            speed, cost = time_loader(index, plan, config, turn * options.num_batches, options)
-            speeds[kind, num_threads].append(speed)
-            costs[kind, num_threads].append(cost)
-    return [
-        {
-            "kind": kind,
-            "num_threads": num_threads or len(os.sched_getaffinity(0)),
-            "images_per_second": spread(speeds[kind, num_threads]),
-            "cpu_microseconds_per_image": spread(costs[kind, num_threads]),
-        }
-        for kind, num_threads in variants
-    ]
+        for way, cores in variants:
+            speeds[way, cores].append(time_way(way, task, cores, turn * options.num_batches, options.num_batches))
+    usual = {cores: spread(speeds["usual", cores]).median for cores in num_cores if ("usual", cores) in speeds}
+    rows: list[dict[str, Any]] = []
+    for way, cores in variants:
+        row = {"way": way, "num_cores": cores, "pairs_per_second": spread(speeds[way, cores])}
+        if cores in usual and way != "usual":
+            row["times_as_fast_as_usual"] = row["pairs_per_second"].median / usual[cores]
+        rows.append(row)
+    return rows + [{"way": way, "left_out": reason} for way, reason in left_out.items()]
 
 
-def time_loader(index: ImageIndex, plan: Plan, config: LoaderConfig, first: int, options: argparse.Namespace) -> tuple[float, float]:
-    """(images per second, microseconds of processor time per image) once the loader is running, its queue empty at both ends of the time."""
-    num_warm_up = config.prefetch + 4
-    last = first + num_warm_up + options.num_batches + config.prefetch + 4
-    device = torch.device(options.device)
-    with open_loader(index, plan, config, size=tuple(options.size), device=device, first_step=first, last_step=last, announce=_ignore) as loader:
-        for _ in range(num_warm_up):
-            next(loader)
-        busy, started = time.process_time(), time.perf_counter()
-        for _ in range(options.num_batches):
-            next(loader)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    num_images = options.num_batches * plan.batch_size
-    return num_images / seconds, 1e6 * busy / num_images
+def time_way(way: str, task: Task, num_cores: int, first_step: int, num_batches: int) -> float:
+    """Pairs per second once the loader runs, on this many cores: the queue of ready batches is as full at the end as at the beginning."""
+    cores = os.sched_getaffinity(0)
+    # Threads and processes that are started from here on stay on these.
+    os.sched_setaffinity(0, sorted(cores)[:num_cores])
+    try:
+        with open_way(way, task, num_cores, num_batches + 2 * _NUM_WARM_UP, first_step) as batches:
+            for _ in range(_NUM_WARM_UP):
+                next(batches)
+            started = time.perf_counter()
+            for _ in range(num_batches):
+                next(batches)
+            if task.device.type == "cuda":
+                torch.cuda.synchronize(task.device)
+            return num_batches * task.batch_size / (time.perf_counter() - started)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
-def _ignore(message: str) -> None:
-    del message
+def show(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> None:
+    """Prints a line for each row."""
+    for row in rows:
+        if "left_out" in row:
+            print(f"{row['way']:18s} left out: {row['left_out']}")
+            continue
+        ratio = f", {row['times_as_fast_as_usual']:.2f} times as fast as the usual one" if "times_as_fast_as_usual" in row else ""
+        print(f"{row['way']:18s} {row['num_cores']:2d} cores: {row['pairs_per_second']} pairs/s{ratio}")
+    for row in stages:
+        print(f"{row['way']:18s} {row['stage']:28s} {row['microseconds']} us an image, {row['share']:.0%}")
 
 
 def draw_people(folder: Path, num_images: int) -> None:
@@ -124,4 +136,4 @@ def draw_people(folder: Path, num_images: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

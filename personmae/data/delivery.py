@@ -42,8 +42,9 @@ class LoaderConfig:
     kind: "dali", "threads", or "auto": DALI where training runs on CUDA and DALI is installed, else threads. num_threads: 0 = the cores this process
     may use, shared among the processes of this machine. prefetch: batches made ahead. dali_decode: where DALI decodes JPEGs, "cpu" (bit-equal to the
     threads loader's) or "mixed" (nvJPEG on the GPU). cache_gib: the threads loader keeps all decoded images in memory if they fit in this many GiB
-    per process. retries: further tries at a read that fails, the first after retry_seconds, each later one after four times as long. max_bad_ratio:
-    the run stops when more than this fraction of all images turned out to be unreadable after indexing.
+    per process. decoded_dir: a folder where it keeps them all in one file instead, shared by the processes of the machine; see `decoded_file`.
+    retries: further tries at a read that fails, the first after retry_seconds, each later one after four times as long. max_bad_ratio: the run stops
+    when more than this fraction of all images turned out to be unreadable after indexing.
     """
 
     kind: Literal["auto", "threads", "dali"] = "auto"
@@ -51,6 +52,7 @@ class LoaderConfig:
     prefetch: int = 2
     dali_decode: Literal["cpu", "mixed"] = "cpu"
     cache_gib: float = 0.5
+    decoded_dir: Path | None = None
     retries: int = 2
     retry_seconds: float = 0.05
     max_bad_ratio: float = 0.01
@@ -70,6 +72,8 @@ class LoaderConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise UserError(f"{name} is {value}; it must lie between {least} and {most}")
+        if self.kind == "dali" and self.decoded_dir is not None:
+            raise UserError("decoded_dir is for the threads loader, and kind is dali: leave one of them out")
 
 
 @dataclass(frozen=True)

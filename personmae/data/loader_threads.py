@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from personmae.data.decoded_file import DecodedFile
 from personmae.data.delivery import (
     Failure,
     Loader,
@@ -39,7 +40,8 @@ class ThreadLoader(Loader):
     """Executes the plan on `num_threads` threads of this process.
 
     parts: the micro-batches to make. size: (H, W) of the regions. device: where the regions go; to a GPU they travel from pinned memory, without
-    making the host wait. The other parameters are those of `open_loader`. Batches do not depend on the number of threads.
+    making the host wait. decoded: where pixels come from instead of files. The other parameters are those of `open_loader`. Batches do not depend on
+    the number of threads.
     """
 
     def __init__(
@@ -52,16 +54,20 @@ class ThreadLoader(Loader):
         size: tuple[int, int],
         device: torch.device,
         num_threads: int,
+        decoded: DecodedFile | None = None,
     ) -> None:
+        self._decoded = decoded
         decoded_bytes = 3 * int((index.heights.astype(np.int64) * index.widths).sum())
         # All or nothing: with part of the images in memory, an epoch would still take as long as its slowest batches.
-        self._cache: dict[int, UInt8Array] | None = {} if decoded_bytes <= config.cache_gib * 2**30 else None
+        keep = decoded is None and decoded_bytes <= config.cache_gib * 2**30
+        self._cache: dict[int, UInt8Array] | None = {} if keep else None
         self._painter = RowPainter(plan, config, size, self._image)
         self._plan = plan
         self._parts = parts
         self._size = size
         self._num_threads = num_threads
         kept = f", decoded images kept in memory ({decoded_bytes / 2**30:.2f} GiB)" if self._cache is not None else ""
+        kept = kept if decoded is None else ", decoded images from a file"
         super().__init__(index, config, device, f"{num_threads} threads with simplejpeg and OpenCV{kept}")
 
     def _prepare(self) -> Generator[Prepared, None, None]:
@@ -102,6 +108,8 @@ class ThreadLoader(Loader):
         return Prepared(assemble(started.part, delivered, started.regions[0], started.regions[1]), failures)
 
     def _image(self, sample: int) -> UInt8Array:
+        if self._decoded is not None:
+            return self._decoded.image(sample)
         if self._cache is None:
             return self._index.image(sample)
         image = self._cache.get(sample)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from personmae.configs import UserError
+from personmae.data.decoded_file import open_decoded
 from personmae.data.delivery import Loader, LoaderConfig, RegionBatch, available_cores, part_plans
 from personmae.data.image_index import ImageIndex
 from personmae.data.loader_threads import ThreadLoader
@@ -59,7 +60,7 @@ def open_loader(
         ahead = ShardsAhead(index.storage, plan, first_step, last_step, max(1, index.storage.fetches // sharers))
         parts = ahead.watch(parts)
     num_threads = config.num_threads or max(1, available_cores() // sharers)
-    kind, why = choose_loader(config.kind, device)
+    kind, why = choose_loader(config.kind, device) if config.decoded_dir is None else ("threads", "images are decoded already")
     loader: Loader
     if kind == "dali":
         # DALI is optional, and slow to import.
@@ -67,7 +68,10 @@ def open_loader(
 
         loader = DaliLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads)
     else:
-        loader = ThreadLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads)
+        decoded = None
+        if config.decoded_dir is not None and first_step < last_step:
+            decoded = open_decoded(index, config.decoded_dir, num_threads, announce)
+        loader = ThreadLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads, decoded=decoded)
     if ahead is not None:
         loader.ends_with(ahead.close)
     announce(f"loader: {loader.description} ({why})")
