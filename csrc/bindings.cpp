@@ -6,6 +6,7 @@
 STABLE_TORCH_LIBRARY(personmae, m) {
   m.def(
       "block_masks(Tensor seeds, Tensor shapes, Tensor ranges, int rows, int columns, int num_visible, int num_tries) -> Tensor");
+  m.def("area_resize_(Tensor(a!) out, Tensor image, int y0, int x0, int y1, int x1) -> ()");
   m.def("gather_visible(Tensor tokens, Tensor visible) -> Tensor");
   m.def("scatter_visible(Tensor gradient, Tensor visible, int num_tokens) -> Tensor");
   m.def(

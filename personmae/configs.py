@@ -117,10 +117,25 @@ def parse_flags(presets: Mapping[str, tuple[str, Config]], arguments: Sequence[s
     """
     import tyro
 
-    return tyro.extras.overridable_config_cli(  # type: ignore[return-value]
+    chosen = tyro.extras.overridable_config_cli(
         {name: (text, config) for name, (text, config) in presets.items()},
         prog=program,
         description=description,
         args=arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    return with_home(chosen)  # type: ignore[return-value]
+
+
+def with_home(value: Any) -> Any:
+    """A config with the user's home in place of `~` in its paths, which a shell leaves alone behind `--flag=`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        changed = {name: new for name, old in fields.items() if (new := with_home(old)) is not old}
+        return dataclasses.replace(value, **changed) if changed else value
+    if isinstance(value, tuple):
+        items = tuple(map(with_home, value))
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else items
+    if isinstance(value, Path) and str(value).startswith("~"):
+        return value.expanduser()
+    return value

@@ -46,7 +46,7 @@ from personmae.training.precision import autocast, check_finite, make_determinis
 from personmae.training.pretraining_metrics import pretraining_monitors, step_losses
 from personmae.training.processes import Processes, StopSignal, start_processes
 from personmae.training.quarantine import Quarantine
-from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights
+from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights, state_bytes
 from personmae.training.schedules import ema_momentum, feature_ramp, learning_rate, num_steps
 from personmae.visuals.reconstructions import reconstruction_picture
 from personmae.visuals.report import write_report
@@ -71,8 +71,7 @@ def main(config: PretrainConfig) -> int:
         # What the run is over and where it stands: found by the main process, the same in all.
         index = processes.from_main(lambda: open_index(config))
         # An address may hold a password, which nothing that is written from here on is to repeat.
-        shown = redacted(str(config.data.source))
-        config = replace(config, data=replace(config.data, source=shown))
+        config = replace(config, data=replace(config.data, source=(shown := redacted(str(config.data.source)))))
         digest = index.digest()
         checkpoints = config.run_dir / "checkpoints"
         with processes.main_first():
@@ -156,6 +155,9 @@ def main(config: PretrainConfig) -> int:
             writer = CheckpointWriter(checkpoints, config.keep_last, logbook.announce)
             step, stopped, told = first, False, 0
             # Signals are caught from here on: before the first step there is nothing to save.
+            # Under FSDP the whole state is there in host memory only while it is written.
+            if processes.is_main and not sharded:
+                writer.reserve(state_bytes(model, moving_teacher), device)
             with StopSignal(processes) as stop, loader, writer:
                 batches = iter(loader)
                 logbook.start_clock(first, loader.wait_seconds)

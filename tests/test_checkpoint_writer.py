@@ -17,6 +17,7 @@ from personmae.configs import UserError
 from personmae.training import checkpoint_writer
 from personmae.training.checkpoint_writer import CheckpointWriter, HostCopy
 from personmae.training.checkpoints import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from personmae.training.resuming import state_bytes
 
 
 def example_state() -> dict[str, object]:
@@ -234,3 +235,20 @@ def test_from_a_gpu_by_way_of_pinned_memory(tmp_path: Path) -> None:
         state = load_checkpoint(tmp_path / f"step_000000{step}.pt").state
         assert (state["weight"] == step).all()
         assert state["scalar"] == step
+
+
+def test_what_is_reserved_is_what_the_first_checkpoint_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_writer, "PIECE_BYTES", 1 << 13)
+    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 20))
+    teacher = nn.Linear(30, 20)
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 20)).sum().backward()
+    optimiser.step()
+    copy = HostCopy()
+    copy.reserve(state_bytes(model, teacher), pinned=False)
+    reserved = list(copy._pieces)
+    taken, _ = copy.take({"model": model.state_dict(), "teacher": teacher.state_dict(), "optimiser": optimiser.state_dict()})
+    assert len(copy._pieces) <= len(reserved) + 1
+    assert all(ours is theirs for ours, theirs in zip(reserved, copy._pieces, strict=False))
+    assert torch.equal(taken["model"]["0.weight"], model.state_dict()["0.weight"])
+    assert len(reserved) >= 2

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from personmae.configs import UserError, differences, from_plain, parse_flags, to_plain
+from personmae.configs import UserError, differences, from_plain, parse_flags, to_plain, with_home
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,3 +78,23 @@ def test_unknown_presets_and_flags_exit_with_2(arguments, named, capsys):
         parse_flags(PRESETS, arguments, "prog", "text")
     assert exit_.value.code == 2
     assert named in "".join(capsys.readouterr())
+
+
+def test_the_users_home_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        folder: Path | None = None
+        name: str = "~/kept"
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        inner: Inner = Inner()
+        folders: tuple[Path, ...] = ()
+        size: int = 3
+
+    config = Outer(Inner(Path("~/crops")), (Path("~"), Path("a/~/b")))
+    found = with_home(config)
+    assert found == Outer(Inner(Path("/home/somebody/crops")), (Path("/home/somebody"), Path("a/~/b")))
+    assert with_home(Outer()) == Outer()

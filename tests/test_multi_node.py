@@ -19,6 +19,7 @@ from crops import SMALL, draw_crops
 from torch.distributed.run import get_args_parser
 
 from personmae import pretrain
+from personmae.configs import UserError
 from personmae.training.rendezvous import agree_on_name
 
 ROOT = Path(pretrain.__file__).parent.parent
@@ -181,5 +182,5 @@ def test_each_start_has_a_name_of_its_own():
 
 def test_processes_that_do_not_come_are_named():
     store = dist.HashStore()
-    with pytest.raises(TimeoutError, match=r"2 of 3 processes did not come within 0:00:00.1\d*; the first is number 1"):
+    with pytest.raises(UserError, match=r"2 of 3 processes did not come within 0:00:00.1\d*, the first of them number 1: look at"):
         agree_on_name(store, 0, 3, datetime.timedelta(seconds=0.1))

@@ -392,7 +392,7 @@ def test_a_full_disk_stops_all_workers(tmp_path, people):
 
 def test_a_worker_that_dies_is_told(tmp_path, people, monkeypatch):
     monkeypatch.setattr("personmae.data.packs.crew.sys.executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="the same command goes on"):
+    with pytest.raises(UserError, match=r"has ended in shard \d+ .*The same command goes on"):
         pack(people, tmp_path / "pack", share=Share(num_workers=2))
 
 

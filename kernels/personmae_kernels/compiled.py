@@ -70,7 +70,7 @@ def complete() -> None:
     def _(query: Tensor, query_scale: Tensor, gallery: Tensor, gallery_scale: Tensor, rows: Tensor, columns: Tensor, cosine: bool) -> Tensor:
         return query_scale.new_empty(rows.shape)
 
-    for name in ("adamw_ema_", "place_distances_", "place_products_"):
+    for name in ("adamw_ema_", "area_resize_", "place_distances_", "place_products_"):
         torch.library.register_fake(f"personmae::{name}", lambda *_: None)
 
     # Each is the other's gradient, as often as one likes.

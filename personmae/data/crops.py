@@ -217,7 +217,8 @@ def _choose_by_place(choice: _Choice, rules: CropRules, edges: npt.NDArray[np.fl
     choice.leave_out(inside[:, 1] < rules.min_height, "below min_height")
     choice.leave_out(inside[:, 0] < rules.min_width, "below min_width")
     choice.leave_out(inside.prod(axis=1) < rules.min_area, "below min_area")
-    aspect = whole[:, 1] / whole[:, 0]
+    # A box without width, which `inside` has rejected above, has no aspect.
+    aspect = np.divide(whole[:, 1], whole[:, 0], out=np.full(len(whole), np.inf), where=whole[:, 0] > 0)
     choice.leave_out(aspect < rules.min_aspect, "below min_aspect")
     if rules.max_aspect is not None:
         choice.leave_out(aspect > rules.max_aspect, "above max_aspect")

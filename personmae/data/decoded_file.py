@@ -37,7 +37,7 @@ class DecodedFile:
     starts: npt.NDArray[np.int64] = field(repr=False)
 
     def image(self, sample: int) -> UInt8Array:
-        """The pixels of a sample, uint8 RGB [H, W, 3], read-only. Raises UnreadableImage as `ImageIndex.image` does."""
+        """The pixels of a sample, uint8 RGB [H, W, 3], not to be written to. Raises UnreadableImage as `ImageIndex.image` does."""
         start = int(self.starts[sample])
         if start < 0:
             return self.index.image(sample)
@@ -72,7 +72,8 @@ def open_decoded(index: ImageIndex, folder: Path, num_threads: int, announce: Ca
     finally:
         os.close(lock)
     announce(f"decoded images: {total / 2**30:.2f} GiB in {path}, {'decoded now' if is_new else 'as they were decoded before'}")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    # Copy on write: nothing that is written to the pixels reaches the file, and PyTorch takes them as they are.
+    content = np.memmap(path, dtype=np.uint8, mode="c")
     readable = np.asarray(content[total:]).astype(bool)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     return DecodedFile(index, content[:total], np.where(readable, starts, -1))

@@ -25,6 +25,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from personmae_kernels.area_resize import area_resize
+
 UInt8Array = npt.NDArray[np.uint8]
 
 # Shrinking by more than this (the larger of both axes) is antialiased; below it plain linear sampling loses nothing
@@ -211,17 +213,17 @@ def sample_box(
     if not is_antialiased(y1 - y0, x1 - x0, size):
         _sample_linear(image, (y0, x0, y1, x1), out)
     elif y1 - y0 >= height and x1 - x0 >= width:
-        cv2.resize(image[y0:y1, x0:x1], (width, height), dst=out, interpolation=cv2.INTER_AREA)
+        _average(image, (y0, x0, y1, x1), out)
     elif y1 - y0 > height:
         # OpenCV's INTER_AREA misplaces samples along an axis that grows, so each axis gets its own step. One column
         # more on either side is kept for the second.
         left, right = max(x0 - 1, 0), min(x1 + 1, image.shape[1])
-        rows = cv2.resize(image[y0:y1, left:right], (right - left, height), interpolation=cv2.INTER_AREA)
-        _sample_linear(np.asarray(rows, dtype=np.uint8), (0, x0 - left, height, x1 - left), out)
+        rows = _average(image, (y0, left, y1, right), np.empty((height, right - left, 3), dtype=np.uint8))
+        _sample_linear(rows, (0, x0 - left, height, x1 - left), out)
     else:
         top, bottom = max(y0 - 1, 0), min(y1 + 1, image.shape[0])
-        columns = cv2.resize(image[top:bottom, x0:x1], (width, bottom - top), interpolation=cv2.INTER_AREA)
-        _sample_linear(np.asarray(columns, dtype=np.uint8), (y0 - top, 0, y1 - top, width), out)
+        columns = _average(image, (top, x0, bottom, x1), np.empty((bottom - top, width, 3), dtype=np.uint8))
+        _sample_linear(columns, (y0 - top, 0, y1 - top, width), out)
     if flip:
         cv2.flip(out, 1, dst=out)
     return out
@@ -252,6 +254,14 @@ def recolour(
 def blur_windows(sigmas: npt.ArrayLike) -> npt.NDArray[np.int32]:
     """Widths in pixels of Gaussians of these sigmas, int32 of the same shape; 1 where sigma is 0."""
     return (2 * np.ceil(3 * np.asarray(sigmas, dtype=np.float32)) + 1).astype(np.int32)
+
+
+def _average(image: UInt8Array, box: tuple[int, int, int, int], out: UInt8Array) -> UInt8Array:
+    """A box averaged over the footprint of each pixel of `out`, which it returns: in C++ or by OpenCV, with the same bits."""
+    if not area_resize(image, box, out):
+        y0, x0, y1, x1 = box
+        cv2.resize(image[y0:y1, x0:x1], (out.shape[1], out.shape[0]), dst=out, interpolation=cv2.INTER_AREA)
+    return out
 
 
 def _sample_linear(image: UInt8Array, box: tuple[int, int, int, int], out: UInt8Array) -> None:

@@ -2,7 +2,7 @@
 
 The thread serialises, hashes, syncs and renames as `save_checkpoint` does, and the file is the same to the byte (but that tensors from a GPU say they
 came from host memory). What it costs is memory: one copy of the state (of ViT-B with its teacher and both moments 1.5 GiB) in the main process,
-held from the first checkpoint on. On CUDA it is pinned, so that the device copies into it without making the host wait.
+held from the start on. On CUDA it is pinned, so that the device copies into it without making the host wait.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class CheckpointWriter:
         copy, copied = self._copy.take(plain_state(state))
         self._pending = self._thread.submit(self._write, step, copy, copied)
 
+    def reserve(self, num_bytes: int, device: torch.device) -> None:
+        """Take the memory for states of so many bytes now, which would make the first `save` wait. device: of their tensors."""
+        self._copy.reserve(num_bytes, pinned=device.type == "cuda")
+
     def wait(self) -> None:
         """Until the checkpoint under way, if any, is on the disk. Raises what kept it from there."""
         pending, self._pending = self._pending, None
@@ -97,6 +101,13 @@ class HostCopy:
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
         self._pinned = False
+
+    def reserve(self, num_bytes: int, *, pinned: bool) -> None:
+        """Room for tensors of so many bytes in all, and a tenth for what stays free at the end of each piece."""
+        self._pinned = pinned
+        while sum(map(len, self._pieces)) < 1.1 * num_bytes:
+            # Filled, so that the system gives the memory now.
+            self._pieces.append(torch.zeros(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned))
 
     def take(self, state: Any) -> tuple[Any, torch.cuda.Event | None]:
         """The copy, and what to wait for before it is read (None: nothing). state: dicts, lists and tuples of dense tensors and plain values.

@@ -13,6 +13,8 @@ import uuid
 
 import torch.distributed as dist
 
+from personmae.configs import UserError
+
 POLL_SECONDS = 0.02
 
 
@@ -26,7 +28,7 @@ def join_store(rank: int, world_size: int, limit: datetime.timedelta) -> dist.St
 def agree_on_name(store: dist.Store, rank: int, world_size: int, limit: datetime.timedelta) -> str:
     """A name that all processes of this start share and none before had; every process has to call it.
 
-    store: may hold what earlier starts have left. Raises TimeoutError in the main process if the others do not come within `limit`.
+    store: may hold what earlier starts have left. Raises UserError in the main process if the others do not come within `limit`.
     """
     if rank != 0:
         # The answer to a token made up now cannot be an old one.
@@ -50,6 +52,9 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, limit: datetime
             if store.check([f"{name}/here/{other}"]):
                 missing.discard(other)
         if missing and time.monotonic() > last_time:
-            raise TimeoutError(f"{len(missing)} of {world_size} processes did not come within {limit}; the first is number {min(missing)}")
+            raise UserError(
+                f"{len(missing)} of {world_size} processes did not come within {limit}, the first of them number {min(missing)}: "
+                "look at that machine's output, and start the same command on all machines"
+            )
         time.sleep(POLL_SECONDS if missing else 0)
     return name

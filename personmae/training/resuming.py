@@ -32,6 +32,12 @@ def checkpoint_state(
     }
 
 
+def state_bytes(model: nn.Module, teacher: nn.Module | None) -> int:
+    """About as many bytes as the tensors of a checkpoint have: weights, two moments of what is trained, teacher."""
+    weights = sum(value.nbytes for part in (model, teacher) if part is not None for value in part.state_dict().values())
+    return weights + 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
 def load_to_resume(
     folder: Path,
     config: Any,

@@ -73,7 +73,8 @@ class _Crew:
                     with self._lock:
                         self._bar.update(answer)
             except (EOFError, OSError) as error:
-                self._note(RuntimeError(f"a process that packs has ended in shard {job.number} ({error!r}); the same command goes on from there"))
+                said = f"a process that packs has ended in shard {job.number} ({type(error).__name__}): was it killed for memory?"
+                self._note(UserError(f"{said} The same command goes on from there, with fewer --num-processes if need be"))
                 return
             except UserError as error:
                 self._note(error)

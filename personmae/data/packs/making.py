@@ -226,10 +226,12 @@ def _changed(before: dict[str, Any], settings: PackSettings) -> list[str]:
 
 
 def _remove_partial(folder: Path, mine: range) -> None:
-    """What killed processes have left of our shards."""
-    for path in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *(folder / WORK_FOLDER).glob(f"*{PARTIAL_SUFFIX}")]:
+    """What killed processes have left of our shards, and of the index and the manifest."""
+    places = (folder, folder / WORK_FOLDER, folder / "index")
+    for path in [path for place in places for path in place.glob(f"*{PARTIAL_SUFFIX}")]:
         number = re.match(r"(?:shard|examined)-(\d+)\.", path.name)
-        if number is not None and int(number[1]) in mine:
+        # What has no number is written by the process that joins all shards, which has the first of them.
+        if int(number[1]) in mine if number is not None else 0 in mine:
             path.unlink(missing_ok=True)
 
 
