@@ -27,6 +27,15 @@ def save_encoder(path: Path, encoder: VisionTransformer, notes: Mapping[str, str
     _write(path, encoder.state_dict(), ENCODER, to_plain(encoder.config), notes)
 
 
+def is_encoder_file(path: Path) -> bool:
+    """Whether this is a file that `save_encoder` wrote. Raises nothing: of a file that is missing or damaged it says no."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return ENCODER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_encoder(path: Path) -> VisionTransformer:
     """The encoder of such a file, in eval mode. Raises UserError naming the file if it is missing, damaged or not ours."""
     tensors, headers = _read(path)
