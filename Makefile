@@ -79,7 +79,9 @@ demo: $(READY)
 test: $(READY)
 	PYTHONSAFEPATH=1 $(PY) -m pytest -q tests/test_layout.py tests/test_demo.py
 	PYTHONSAFEPATH=1 $(PY) -m pytest -q tests/test_pretrain.py -k "leaves or mistakes or processes"
-	$(PY) -m pytest $(ARGS)
+	# One process for each core, the tests of a file together; torch's own threads would only crowd them.
+	parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n auto --dist loadfile" || true)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $$parallel $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -19,7 +19,8 @@ from personmae.configs import UserError
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig
 from personmae.models.masking import visible_count
-from personmae.models.vit import VitConfig, sin_cos_positions
+from personmae.models.positions import sin_cos_positions
+from personmae.models.vit import VitConfig
 from personmae_kernels.reference import region_codes
 
 

@@ -4,7 +4,8 @@ import pytest
 import timm
 import torch
 
-from personmae.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, VitConfig, initialise, sin_cos_positions
+from personmae.models.positions import sin_cos_positions
+from personmae.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, VitConfig, initialise
 from personmae.models.zoo import ENCODERS
 
 

@@ -40,6 +40,7 @@ class Stream(enum.IntEnum):
     REPLACEMENT = 7
     MANNEQUIN = 8
     SHARDS = 12
+    DROP_PATH = 32  # of the model, not of the data
 
 
 def mix(values: UInt64Array) -> UInt64Array:

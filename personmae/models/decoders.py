@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from personmae.models.attention import Attention, CrossAttention
-from personmae.models.vit import Block, Blocks, Mlp, Residual, sin_cos_positions
+from personmae.models.positions import sin_cos_positions
+from personmae.models.vit import Block, Blocks, Mlp, Residual
 from personmae_kernels import assemble_tokens, join_tokens, region_queries
 
 

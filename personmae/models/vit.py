@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from personmae.configs import UserError
 from personmae.models.attention import Attention
+from personmae.models.positions import sin_cos_positions
 from personmae_kernels import AddedNorm, add_layer_norm, patch_rows
 from personmae_kernels.checks import wide
 
@@ -43,20 +44,6 @@ class VitConfig:
         return self.image_size[0] // self.patch_px, self.image_size[1] // self.patch_px
 
 
-def sin_cos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D positions: [rows * columns, width] float32; the first half of the channels codes the row, the second the column, each sines then
-    cosines of the integer coordinate at width / 4 frequencies, base 10000."""
-    if width % 4:
-        raise UserError(f"width must be a multiple of 4 for sine-cosine positions, not {width}")
-    rows, columns = grid
-    frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    y = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
-    x = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
-    y = torch.cat([y.sin(), y.cos()], dim=1)[:, None].expand(rows, columns, -1)
-    x = torch.cat([x.sin(), x.cos()], dim=1)[None].expand(rows, columns, -1)
-    return torch.cat([y, x], dim=2).reshape(rows * columns, width).float()
-
-
 def matrix_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which matrix products run on this device just now: that of autocast where it is on, else float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -75,20 +62,34 @@ class Mlp(nn.Module):
 
 
 class Residual(NamedTuple):
-    """A residual stream and the branch that is still to be added to it: the addition is made together with the next LayerNorm."""
+    """A residual stream and the branch that is still to be added to it: the addition is made together with the next LayerNorm.
+
+    With stochastic depth the branch has a factor for each sample, or is that of some samples only; see `personmae.models.drop_path`.
+    """
 
     stream: Tensor  # [B, N, D]
-    branch: Tensor | None = None  # [B, N, D]
+    branch: Tensor | None = None  # [B, N, D], or [K, N, D] of the samples `kept`
+    factors: Tensor | None = None  # float32 [B], 0 where the branch is dropped
+    kept: Tensor | None = None  # int64 [K], ascending
 
     def add_and_norm(self, norm: nn.LayerNorm) -> AddedNorm:
         """The stream with its branch added, and the LayerNorm of that, in one pass."""
-        if self.branch is None:
-            return AddedNorm(self.stream, norm(self.stream))
-        return add_layer_norm(self.stream, self.branch, norm.weight, norm.bias, eps=norm.eps)
+        if self.branch is None or self.kept is not None:
+            stream = self.add()
+            return AddedNorm(stream, norm(stream))
+        return add_layer_norm(self.stream, self.branch, norm.weight, norm.bias, row_scale=self.factors, eps=norm.eps)
 
     def add(self) -> Tensor:
         """The stream with its branch added."""
-        return self.stream if self.branch is None else self.stream + self.branch
+        if self.branch is None:
+            return self.stream
+        if self.kept is not None:
+            # As if each sample had its branch with the probability K / B.
+            scale = len(self.stream) / len(self.kept)
+            return self.stream.index_add(0, self.kept, self.branch.to(self.stream.dtype), alpha=scale)
+        if self.factors is not None:
+            return (self.stream + self.factors[:, None, None] * self.branch).to(self.stream.dtype)
+        return self.stream + self.branch
 
 
 class Block(nn.Module):
@@ -101,10 +102,18 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Residual) -> Residual:
+    def forward(self, x: Residual, drop_path: Tensor | None = None) -> Residual:
+        """drop_path: of the two branches, None for no stochastic depth: float32 [2, B], factors of the samples, or int64 [2, K], the samples whose
+        branch is computed at all."""
+        if drop_path is not None and not drop_path.is_floating_point():
+            for norm, branch, kept in ((self.norm1, self.attn, drop_path[0]), (self.norm2, self.mlp, drop_path[1])):
+                stream = x.add()
+                x = Residual(stream, branch(norm(stream.index_select(0, kept))), kept=kept)
+            return x
+        first, second = (None, None) if drop_path is None else (drop_path[0], drop_path[1])
         stream, normed = x.add_and_norm(self.norm1)
-        stream, normed = Residual(stream, self.attn(normed)).add_and_norm(self.norm2)
-        return Residual(stream, self.mlp(normed))
+        stream, normed = Residual(stream, self.attn(normed), first).add_and_norm(self.norm2)
+        return Residual(stream, self.mlp(normed), second)
 
 
 class Blocks(nn.ModuleList):
@@ -113,12 +122,25 @@ class Blocks(nn.ModuleList):
     # Drop what a block computes inside, and compute it again in the backward pass: less memory for more time.
     checkpointing = False
 
-    def run(self, x: Residual, *context: Tensor, after_first: Callable[[Residual], None] | None = None) -> Residual:
-        """x through all blocks, each of which gets the context too. after_first: is shown what the first block gives."""
-        for number, block in enumerate(self):
+    def run(
+        self,
+        x: Residual,
+        *context: Tensor,
+        after_first: Callable[[Residual], None] | None = None,
+        drop_paths: Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Residual:
+        """x through the blocks from `start` to before `stop` (None: all), each of which gets the context too.
+
+        after_first: is shown what the first of them gives. drop_paths: [2 * number of blocks, ...], two rows for each block, see `Block`.
+        """
+        for number in range(len(self))[start:stop]:
+            own = () if drop_paths is None else (drop_paths[2 * number : 2 * number + 2],)
             dropped = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, *context, use_reentrant=False) if dropped else block(x, *context)
-            if number == 0 and after_first is not None:
+            block = self[number]
+            x = checkpoint(block, x, *context, *own, use_reentrant=False) if dropped else block(x, *context, *own)
+            if number == start and after_first is not None:
                 after_first(x)
         return x
 
@@ -159,6 +181,14 @@ class VisionTransformer(nn.Module):
         self.register_buffer("pos_embed", positions[None])
         self.blocks = Blocks(Block(config.width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def set_positions(self, positions: Tensor, *, learned: bool) -> None:
+        """Replace the position codes by [1, 1 + L, D], class token first. learned: they are a parameter, else they stay as they are."""
+        del self.pos_embed
+        if learned:
+            self.pos_embed = nn.Parameter(positions.detach().clone())
+        else:
+            self.register_buffer("pos_embed", positions.detach().clone())
 
     @property
     def embed_dim(self) -> int:

@@ -25,10 +25,23 @@ with contextlib.suppress(ModuleNotFoundError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignConfig:
+    """How weights of other projects are read."""
+
+    part: Literal["student", "teacher"] | None = None  # of a file that holds two networks
+    image_size: tuple[int, int] = (256, 128)  # height, width in pixels, to which positions are brought
+    grid: tuple[int, int] | None = None  # rows, columns of the file's positions, where their number leaves that open
+    num_heads: int | None = None  # where the width does not tell
+    normalisation: Literal["imagenet", "half"] | None = None  # of the pixels: ImageNet's, or 0.5 and 0.5; None: what the family is known for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
     """Retrieval scores of encoders on labelled sets, or of features that other code has written."""
 
-    checkpoint: tuple[Path, ...] = ()  # run folders, or encoder.safetensors files
+    # Run folders, encoder.safetensors files, weights of other projects (a ViT in a .pth, .pt or .safetensors file), or timm:NAME.
+    checkpoint: tuple[Path, ...] = ()
+    foreign: ForeignConfig = ForeignConfig()
     data: tuple[str, ...] = ()  # sets: NAME=FOLDER as market1501=/data/market (names: `personmae data names`), or a folder or CSV alone
     features: tuple[Path, ...] = ()  # instead of both: .npz, .mat or .pt files; keys: query_features, query_people, query_cameras, and gallery_...
     # whose rules: standard, transreid, fast-reid, torchreid, cluster-contrast, market-matlab, layumi

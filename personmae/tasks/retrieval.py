@@ -32,9 +32,10 @@ from personmae.evaluation.features import Describe
 from personmae.evaluation.protocol import Evaluation, ScoringConfig, evaluate, score
 from personmae.evaluation.score_files import score_table
 from personmae.evaluation.scores import Scores
+from personmae.interop.initial_weights import load_initial
 from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
-from personmae.models.weights import load_encoder
+from personmae.models.weights import is_encoder_file, load_encoder
 from personmae.recipes.pretraining import PretrainConfig
 from personmae.recipes.programs import RetrievalConfig
 from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_evaluations, write_score_files, write_tables
@@ -125,7 +126,7 @@ def score_checkpoint(
     if is_run:
         check_run_dir(checkpoint)
     run = read_run_config(checkpoint) if is_run else None
-    encoder = load_encoder(checkpoint / "encoder.safetensors" if is_run else checkpoint)
+    encoder = read_encoder(checkpoint, config, say)
     unlabelled = choose_unlabelled(checkpoint, config, run, scratch, say)
     if config.page and not (is_run or config.output):
         raise UserError(f"the page of {checkpoint}, which is no run folder, has no place; give --output FOLDER")
@@ -296,6 +297,25 @@ def choose_unlabelled(checkpoint: Path, config: RetrievalConfig, run: PretrainCo
         return []
     chosen = np.unique(np.linspace(0, len(index) - 1, min(config.num_unlabelled, len(index))).round().astype(int))
     return as_files(index, chosen.tolist(), scratch)
+
+
+def read_encoder(checkpoint: Path, config: RetrievalConfig, say: Say) -> VisionTransformer:
+    """The encoder of a run folder, of a file of ours, or of other weights, whose keys are reported."""
+    if checkpoint.is_dir():
+        return load_encoder(checkpoint / "encoder.safetensors")
+    if is_encoder_file(checkpoint):
+        return load_encoder(checkpoint)
+    foreign = config.foreign
+    found = load_initial(
+        str(checkpoint),
+        foreign.part,
+        image_size=foreign.image_size,
+        grid=foreign.grid,
+        num_heads=foreign.num_heads,
+        normalisation=foreign.normalisation,
+    )
+    say(f"{checkpoint}: {found.report}")
+    return found.encoder
 
 
 def initial_encoder(encoder: VisionTransformer, run: PretrainConfig | None) -> VisionTransformer:

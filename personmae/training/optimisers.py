@@ -208,9 +208,9 @@ def update_weights(
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """The same rate for every group."""
+    """The rate of every group: `rate`, times the group's `lr_scale` where it has one."""
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:  # -> [] float32, the norm before clipping, on the device

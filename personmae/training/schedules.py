@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 from personmae.configs import UserError
 
@@ -51,3 +52,39 @@ def feature_ramp(step: int, total: int, config: ScheduleConfig) -> float:
 def ema_momentum(step: int, total: int, config: ScheduleConfig) -> float:
     """Momentum of the teacher after update `step`: a cosine from ema_start to ema_end (Grill et al., BYOL, 2020)."""
     return config.ema_end - (config.ema_end - config.ema_start) * 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneScheduleConfig:
+    """Course of the learning rate of fine-tuning, in epochs, whose number of steps may differ. Defaults: TransReID-SSL's."""
+
+    epochs: int = 120
+    warmup_epochs: int = 20
+    warmup_start: float = 0.01  # share of the peak from which the warm-up rises linearly
+    final_ratio: float = 0.002  # share of the peak at the end of the cosine
+    by: Literal["epoch", "step"] = "epoch"  # epoch: one rate for each, that of its end (TransReID); step: at each step (MALE)
+    cosine_from: Literal["start", "warmup"] = "start"  # the cosine's begin: the run's (the rate jumps down after the warm-up), or the warm-up's end
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 <= self.warmup_epochs <= self.epochs:
+            raise UserError(f"schedule.epochs is {self.epochs} and warmup_epochs {self.warmup_epochs}; both must fit: 0 <= warmup_epochs <= epochs")
+        for name in ("warmup_start", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"schedule.{name} is {getattr(self, name)}; it must lie between 0 and 1")
+
+
+# MALE's: 5 epochs from 0, then half a cosine to 0.
+MALE_SCHEDULE = FinetuneScheduleConfig(epochs=100, warmup_epochs=5, warmup_start=0.0, final_ratio=0.0, by="step", cosine_from="warmup")
+
+
+def finetuning_rate(epoch: int, done: float, peak: float, config: FinetuneScheduleConfig) -> float:
+    """The learning rate of a step: a pure function, with the values of timm's CosineLRScheduler.
+
+    epoch: from 0. done: share of the epoch's steps that lie before this one, from 0 to below 1.
+    """
+    time = epoch + 1 if config.by == "epoch" else epoch + done
+    if time < config.warmup_epochs:
+        return peak * (config.warmup_start + (1.0 - config.warmup_start) * time / config.warmup_epochs)
+    begin = config.warmup_epochs if config.cosine_from == "warmup" else 0
+    progress = min(1.0, (time - begin) / max(1, config.epochs - begin))
+    return peak * (config.final_ratio + (1.0 - config.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))

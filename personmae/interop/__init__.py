@@ -1,0 +1,1 @@
+"""To and from other projects: their weights in ours, ours in theirs."""

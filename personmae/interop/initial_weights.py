@@ -1,0 +1,205 @@
+"""Weights to begin with: ours, or those of other projects, as one of our encoders, with a report of every key.
+
+A file is read without running code in it, its ViT is found by its names, mapped to ours, and brought to the wanted image size. What our encoder has
+no place for is listed with its reason; what is missing, left over or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from personmae.configs import UserError
+from personmae.interop.key_maps import MappedKeys, map_keys
+from personmae.interop.networks import Network, Part, explain_other, find_networks, select_network
+from personmae.interop.positions import FittedPositions, Grid, fit_positions
+from personmae.interop.weight_files import read_weights
+from personmae.models.positions import PositionResizing
+from personmae.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, VitConfig
+from personmae.models.weights import load_encoder
+
+Normalisation = Literal["imagenet", "half"]
+
+TIMM = "timm:"
+# Mean and std of RGB on the scale [0, 1]. "half" is what TransReID and BootMAE train with.
+NORMALISATIONS: dict[Normalisation, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+HALF_FAMILIES = ("TransReID with its jigsaw branch", "a fine-tuned ReID model (TransReID, Cluster Contrast)", "BEiT or BootMAE")
+OURS = {"student": "encoder.safetensors", "teacher": "teacher.safetensors"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyReport:
+    """What became of every tensor of a file."""
+
+    family: str  # what the names are like
+    place: str  # of the network in the file; empty if it is all there is
+    used: dict[str, str]  # name of ours -> names in the file
+    changed: dict[str, str]  # name of ours -> what was done to it
+    left_out: dict[str, str]  # name in the file -> why
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}{f', {self.place}' if self.place else ''}: {len(self.used)} tensors taken, {len(self.left_out)} left out"]
+        for what, names in (("changed", self.changed), ("left out", self.left_out)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in names.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, found in reasons.items():
+                lines.append(f"  {what}: {_some(found, 3)}: {reason}")
+        return "\n".join(lines)
+
+
+def _some(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class InitialWeights(NamedTuple):
+    """An encoder to begin with; its config has mean and std of the images that it was trained on."""
+
+    encoder: VisionTransformer
+    report: KeyReport
+    origin: str
+
+
+def load_initial(
+    source: str | Path,
+    part: Part | None = None,
+    *,
+    image_size: tuple[int, int] = (256, 128),
+    grid: Grid | None = None,
+    resize: PositionResizing = "bilinear",
+    num_heads: int | None = None,
+    normalisation: Normalisation | None = None,
+) -> InitialWeights:
+    """An encoder in eval mode from a run folder or file of ours, a file of another project (safetensors, or written by torch.save), or `timm:NAME`,
+    the published weights of a model of timm.
+
+    part: of a file that holds two networks; None for the only one, and for the student where the file is ours. image_size: (H, W) in pixels, to which
+    positions are brought: sines and cosines computed anew, learned ones resized. grid: (rows, columns) of the file's positions where their number
+    leaves that open. num_heads: where the width does not tell. normalisation: of the pixels, where the family's is not the file's. Raises UserError
+    naming the file and what does not fit.
+    """
+    text = str(source)
+    if text.startswith(TIMM):
+        return _load_timm(text, image_size, resize)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / OURS[part or "student"]
+        part = None
+    content, headers = read_weights(path)
+    if "personmae" in headers:
+        return _load_ours(path, image_size, resize)
+    networks = find_networks(content)
+    if not networks:
+        raise UserError(f"{path} holds no Vision Transformer that can be used here: {explain_other(content)}")
+    network = select_network(networks, part, str(path), own={"model", "optimiser", "config"} <= content.keys())
+    mapped = map_keys(network, str(path))
+    mean, std = NORMALISATIONS[normalisation or ("half" if mapped.family in HALF_FAMILIES else "imagenet")]
+    config = _config_of(mapped, str(path), image_size, num_heads, mean, std)
+    return InitialWeights(*_build(mapped, config, network, str(path), grid, resize), text)
+
+
+def _load_ours(path: Path, image_size: tuple[int, int], resize: PositionResizing) -> InitialWeights:
+    encoder = load_encoder(path)
+    state = dict(encoder.state_dict())
+    mapped = map_keys(Network("", "", state, ()), str(path))
+    config = dataclasses.replace(encoder.config, image_size=_checked_size(image_size, encoder.config.patch_px, str(path)))
+    mapped = mapped._replace(family="PersonMAE")
+    return InitialWeights(*_build(mapped, config, Network("", "", state, ()), str(path), encoder.config.grid, resize), str(path))
+
+
+def _load_timm(source: str, image_size: tuple[int, int], resize: PositionResizing) -> InitialWeights:
+    import timm
+
+    name = source.removeprefix(TIMM)
+    if not timm.list_models(name.split(".")[0]):
+        raise UserError(f"timm has no model {name!r}; timm.list_models('vit_*') lists those it has")
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    # What the hub's client raises, httpx's errors and its own, derives from these.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{source} cannot be had: {reason}; is the network there? A downloaded file can be given by its path instead") from error
+    network = Network("", "", model.state_dict(), ())
+    mapped = map_keys(network, source)
+    if not isinstance(model, timm.models.VisionTransformer):
+        raise UserError(f"{source} is a {type(model).__name__}; a VisionTransformer is wanted")
+    # timm's attributes are typed loosely.
+    blocks: Any = model.blocks
+    cfg: Any = model.pretrained_cfg
+    grid: Any = model.patch_embed.grid_size
+    config = _config_of(mapped, source, image_size, blocks[0].attn.num_heads, tuple(cfg["mean"]), tuple(cfg["std"]))
+    return InitialWeights(*_build(mapped, config, network, source, grid, resize), source)
+
+
+def _checked_size(image_size: tuple[int, int], patch_px: int, source: str) -> tuple[int, int]:
+    if min(image_size) < patch_px or image_size[0] % patch_px or image_size[1] % patch_px:
+        raise UserError(f"image_size {image_size} does not divide into the patches of {source}, {patch_px} pixels")
+    return image_size
+
+
+def _config_of(
+    mapped: MappedKeys,
+    source: str,
+    image_size: tuple[int, int],
+    num_heads: int | None,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> VitConfig:
+    """The size of an encoder by the shapes of its tensors."""
+    tensors = mapped.tensors
+    projection = tensors.get("patch_embed.proj.weight")
+    fc1 = tensors.get("blocks.0.mlp.fc1.weight")
+    if projection is None or fc1 is None or projection.ndim != 4 or projection.shape[2] != projection.shape[3] or projection.shape[1] != 3:
+        raise UserError(f"{source} has no patch embedding of square patches in three colours, or no MLP in its blocks; its ViT cannot be used here")
+    width, patch_px = projection.shape[0], projection.shape[2]
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    if num_heads is None:
+        # Of 64 channels, but for ViT-H (80) and TransReID's own small ViT (96).
+        num_heads = {(768, 8): 8, (1280, 32): 16}.get((width, depth), width // 64)
+        if num_heads == 0 or width % num_heads or (width % 64 and width != 1280):
+            raise UserError(f"{source} is {width} wide, from which the number of its heads cannot be told; give --foreign.num-heads")
+    size = _checked_size(image_size, patch_px, source)
+    return VitConfig(
+        image_size=size, patch_px=patch_px, width=width, depth=depth, num_heads=num_heads, mlp_ratio=fc1.shape[0] / width, mean=mean, std=std
+    )
+
+
+def _build(
+    mapped: MappedKeys, config: VitConfig, network: Network, source: str, grid: Grid | None, resize: PositionResizing
+) -> tuple[VisionTransformer, KeyReport]:
+    """The encoder with these tensors, each in its place."""
+    encoder = VisionTransformer(config)
+    if mapped.positions is None:
+        raise UserError(f"{source} has no positions (pos_embed) of one image; its ViT cannot be used here")
+    try:
+        fitted: FittedPositions = fit_positions(mapped.positions, config.grid, given=grid, resize=resize)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items() if name != "pos_embed"}
+    unexpected = [*mapped.unexpected, *(mapped.sources[name] for name in mapped.tensors if name not in expected)]
+    missing = [name for name in expected if name not in mapped.tensors]
+    if missing or unexpected:
+        both = (("missing", missing), ("of no known use", unexpected))
+        said = "; ".join(f"{what}: {_some(names, 5)}" for what, names in both if names)
+        raise UserError(f"{source} does not fit our encoder ({mapped.family}); {said}")
+    for name, shape in expected.items():
+        tensor = mapped.tensors[name]
+        if name == "cls_token" and tensor.numel() == config.width:
+            tensor = mapped.tensors[name] = tensor.reshape(shape)
+        if tensor.shape != shape:
+            raise UserError(f"{source}: {mapped.sources[name]} is {list(tensor.shape)}, and {list(shape)} is wanted in a ViT of width {config.width}")
+    encoder.set_positions(fitted.pos_embed, learned=fitted.order is None)
+    encoder.load_state_dict({**mapped.tensors, "pos_embed": fitted.pos_embed})
+    changed = {**mapped.changed, **({"pos_embed": fitted.how} if fitted.how else {})}
+    used = {name: mapped.sources[name] for name in (*expected, "pos_embed")}
+    report = KeyReport(mapped.family, network.place, used, changed, mapped.left_out)
+    encoder.requires_grad_(True)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in encoder.state_dict().values()):
+        raise UserError(f"{source} holds numbers that are not finite; fetch it again, or take an earlier checkpoint")
+    return encoder.eval(), report
