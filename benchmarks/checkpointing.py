@@ -23,7 +23,7 @@ from personmae.recipes.pretraining import pretrain_presets
 from personmae.training.checkpoint_writer import CheckpointWriter
 from personmae.training.checkpoints import load_checkpoint, save_checkpoint
 from personmae.training.optimisers import build_optimiser
-from personmae.training.resuming import checkpoint_state
+from personmae.training.resuming import checkpoint_state, state_bytes
 
 
 def main() -> None:
@@ -34,17 +34,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder in it is removed afterwards")
     parser.add_argument("--output", type=Path, default=RESULTS / "checkpointing.json")
     options = parser.parse_args()
-    state = trained_state(options.preset, torch.device(options.device))
+    device = torch.device(options.device)
+    state, num_bytes = trained_state(options.preset, device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = compare(state, Path(folder), options.num, torch.device(options.device))
+        rows = compare(state, num_bytes, Path(folder), options.num, device)
     for row in rows:
         print(f"{row['kind']:5s} training waits {row['blocking_seconds']} s; on the disk after {row['total_seconds']} s; {row['bytes']:,} bytes")
     write_result(options.output, "checkpointing", vars(options), rows)
     print(f"written to {options.output}")
 
 
-def trained_state(preset: str, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint of a preset holds after a step, its gradients made up."""
+def trained_state(preset: str, device: torch.device) -> tuple[dict[str, Any], int]:
+    """What a checkpoint of a preset holds after a step, its gradients made up; and the bytes that a run reserves for it."""
     config = pretrain_presets()[preset][1]
     model, teacher = build_models(config)
     model.to(device)
@@ -54,11 +55,11 @@ def trained_state(preset: str, device: torch.device) -> dict[str, Any]:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimiser.step()
     optimiser.zero_grad()
-    return checkpoint_state(config, "made up", model, teacher, optimiser)
+    return checkpoint_state(config, "made up", model, teacher, optimiser), state_bytes(model, teacher)
 
 
-def compare(state: dict[str, Any], folder: Path, num: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row for each way of writing, in turns; the first copy, for which memory is allocated, has a row of its own."""
+def compare(state: dict[str, Any], num_bytes: int, folder: Path, num: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row for each way of writing, in turns; the first copy, into memory that was reserved before training, has a row of its own."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -67,6 +68,7 @@ def compare(state: dict[str, Any], folder: Path, num: int, device: torch.device)
     blocking: dict[str, list[float]] = {"first": [], "async": [], "sync": []}
     total: dict[str, list[float]] = {"first": [], "async": [], "sync": []}
     with CheckpointWriter(folder / "async", 1, print) as writer:
+        writer.reserve(num_bytes, device)
         for number in range(num + 1):
             kind = "async" if number else "first"
             wait()
