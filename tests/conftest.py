@@ -16,6 +16,9 @@ def _one_thread():
 
 
 def pytest_collection_modifyitems(items):
+    named_by_address = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if named_by_address:  # Side by side, the processes must agree on every name.
+        raise pytest.UsageError(f"Name the cases of {named_by_address[0]}: an address in a name differs from process to process.")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -277,7 +277,6 @@ def test_deep_manifests(packed):
         ("checksums", lambda values: values.astype(np.int64)),
         ("names", lambda values: np.array([{}], dtype=object)),
     ],
-    ids=str,
 )
 def test_an_index_is_not_trusted_either(packed, tmp_path, name, change):
     """Whoever makes the index can make its checksums too."""
