@@ -63,7 +63,7 @@ def noise_batch(config: PretrainConfig, number: int = 0) -> RegionBatch:
     shape = (B, *config.model.encoder.image_size, 3)
     region_a, region_b = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2))
     boxes, flips, samples = (torch.from_numpy(values.copy()) for values in (chosen.boxes, chosen.flips, chosen.samples))
-    return RegionBatch(region_a, region_b, boxes, flips, samples, samples, epoch=0, step=number, micro=0)
+    return RegionBatch((region_a, region_b), boxes, flips, samples, samples, epoch=0, step=number, micro=0)
 
 
 def jpeg_source(config: PretrainConfig, folder: Path, num_images: int, device: torch.device, announce: Callable[[str], None] = print) -> Source:

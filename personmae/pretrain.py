@@ -331,7 +331,7 @@ def draw_reconstructions(
         return
     pair = torch.from_numpy(np.array(regions))
     boxes, flips, samples = (torch.from_numpy(values[rows]) for values in (chosen.boxes, chosen.flips, chosen.samples))
-    batch = RegionBatch(pair[:, 0], pair[:, 1], boxes, flips, samples, samples, epoch=0, step=0, micro=0)
+    batch = RegionBatch((pair[:, 0], pair[:, 1]), boxes, flips, samples, samples, epoch=0, step=0, micro=0)
     inputs = to_inputs(batch, config, device)
     picture = reconstruction_picture(
         inputs.region_a.cpu(),

@@ -142,7 +142,8 @@ def test_masks_of_copies(people):
     masks = to_inputs(batch, config, torch.device("cpu")).mask.reshape(4, 3, -1)
     assert (masks[:, 0] != masks[:, 1]).any(1).all()
     assert (masks[:, 1] != masks[:, 2]).any(1).all()
-    first = RegionBatch(*(getattr(batch, name)[::3] for name in ("region_a", "region_b", "boxes", "flips", "samples", "planned")), 0, 0, 0)
+    rest = (getattr(batch, name)[::3] for name in ("boxes", "flips", "samples", "planned"))
+    first = RegionBatch(tuple(region[::3] for region in batch.regions), *rest, 0, 0, 0)
     assert torch.equal(to_inputs(first, config, torch.device("cpu")).mask, masks[:, 0])
     assert torch.equal(to_inputs(dataclasses.replace(first, copies=batch.copies[::3]), config, torch.device("cpu")).mask, masks[:, 0])
 

@@ -40,6 +40,10 @@ class Stream(enum.IntEnum):
     REPLACEMENT = 7
     MANNEQUIN = 8
     SHARDS = 12
+    SHIFTS = 16
+    OCCLUSIONS = 17
+    IDENTITIES = 18
+    HOLD_OUT = 19
     DROP_PATH = 32  # of the model, not of the data
 
 

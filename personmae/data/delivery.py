@@ -9,7 +9,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,16 +78,15 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class RegionBatch:
-    """One micro-batch: B pairs of regions, each of one image.
+    """One micro-batch: the R regions of B images, R as the plan has it (two in pre-training, one in fine-tuning).
 
-    region_a, region_b: uint8 [B, H, W, 3] RGB, C-contiguous, on the training device. boxes: int32 [B, 2, 4], (y0, x0, y1, x1) pixels of the
-    unflipped stored image; flips: bool [B, 2]; samples: int64 [B], the samples delivered; planned: int64 [B], those the plan asked for (they
-    differ where one was unreadable); copies: int64 [B], which pair of its image a row is, from 0 (None: 0 throughout): all on the CPU.
+    regions: R times uint8 [B, H, W, 3] RGB, C-contiguous, on the training device. boxes: int32 [B, R, 4], (y0, x0, y1, x1) pixels of the
+    unflipped stored image; flips: bool [B, R]; samples: int64 [B], the samples delivered; planned: int64 [B], those the plan asked for (they
+    differ where one was unreadable); copies: int64 [B], which drawing of its image a row is, from 0 (None: 0 throughout): all on the CPU.
     epoch; step: optimiser step; micro: micro-batch of the step.
     """
 
-    region_a: Tensor
-    region_b: Tensor
+    regions: tuple[Tensor, ...]
     boxes: Tensor
     flips: Tensor
     samples: Tensor
@@ -100,14 +99,23 @@ class RegionBatch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def region_a(self) -> Tensor:
+        """The first region: the input of pre-training, the only one of fine-tuning."""
+        return self.regions[0]
+
+    @property
+    def region_b(self) -> Tensor:
+        """The second region: the target of pre-training."""
+        return self.regions[1]
+
     def to(self, device: torch.device) -> RegionBatch:
         """The batch with its regions on a device; from pinned memory the copies do not make the host wait."""
-        regions = {name: getattr(self, name).to(device, non_blocking=True) for name in ("region_a", "region_b")}
-        return replace(self, **regions)
+        return replace(self, regions=tuple(region.to(device, non_blocking=True) for region in self.regions))
 
     def clone_regions(self) -> RegionBatch:
         """The batch with its regions copied, on the current stream."""
-        return replace(self, region_a=self.region_a.clone(), region_b=self.region_b.clone())
+        return replace(self, regions=tuple(region.clone() for region in self.regions))
 
 
 @dataclass(frozen=True)
@@ -184,11 +192,10 @@ def fetch_or_replace(fetch: Callable[[int], Content], plan: Plan, epoch: int, pl
     raise UserError(f"{len(failures)} images in a row could not be read, the last is {last.path}: {last.reason}; is the storage still there?")
 
 
-def assemble(part: PartPlan, delivered: BatchPlan, region_a: Tensor, region_b: Tensor) -> RegionBatch:
+def assemble(part: PartPlan, delivered: BatchPlan, regions: Iterable[Tensor]) -> RegionBatch:
     """The batch of a part; `delivered` is its plan with the replacements in place."""
     return RegionBatch(
-        region_a=region_a,
-        region_b=region_b,
+        regions=tuple(regions),
         boxes=torch.from_numpy(delivered.boxes),
         flips=torch.from_numpy(delivered.flips),
         samples=torch.from_numpy(delivered.samples),

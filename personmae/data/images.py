@@ -233,12 +233,14 @@ def recolour(
     image: UInt8Array,
     colour: npt.NDArray[np.float32] | None = None,
     blur_sigma: float = 0.0,
+    shift: npt.NDArray[np.int32] | None = None,
     erase_box: npt.NDArray[np.int32] | None = None,
 ) -> None:
-    """Colour, blur and erasing on one region, in place and in this order.
+    """Colour, blur, shift and erasing on one region, in place and in this order.
 
     image: uint8 [H, W, 3]. colour: float32 [3, 4], output level = matrix @ (R, G, B, 1), rounded and clipped to 0..255.
     blur_sigma: of a Gaussian of width 2 * ceil(3 sigma) + 1, in pixels, mirrored at the edges; 0 = none.
+    shift: int32 (down, right) in pixels, in size less than the region; what comes in from outside is black.
     erase_box: int32 (y0, x0, y1, x1) in pixels, filled with ERASED_COLOUR; empty = none.
     """
     if colour is not None:
@@ -246,6 +248,8 @@ def recolour(
     if blur_sigma > 0:
         window = int(blur_windows(blur_sigma))
         cv2.GaussianBlur(image, (window, window), blur_sigma, dst=image, sigmaY=blur_sigma, borderType=cv2.BORDER_REFLECT_101)
+    if shift is not None:
+        _shift(image, int(shift[0]), int(shift[1]))
     if erase_box is not None:
         y0, x0, y1, x1 = (int(edge) for edge in erase_box)
         image[y0:y1, x0:x1] = ERASED_COLOUR
@@ -254,6 +258,15 @@ def recolour(
 def blur_windows(sigmas: npt.ArrayLike) -> npt.NDArray[np.int32]:
     """Widths in pixels of Gaussians of these sigmas, int32 of the same shape; 1 where sigma is 0."""
     return (2 * np.ceil(3 * np.asarray(sigmas, dtype=np.float32)) + 1).astype(np.int32)
+
+
+def _shift(image: UInt8Array, down: int, right: int) -> None:
+    height, width = image.shape[:2]
+    from_rows, to_rows = slice(max(-down, 0), height - max(down, 0)), slice(max(down, 0), height - max(-down, 0))
+    from_columns, to_columns = slice(max(-right, 0), width - max(right, 0)), slice(max(right, 0), width - max(-right, 0))
+    kept = image[from_rows, from_columns].copy()
+    image[:] = 0
+    image[to_rows, to_columns] = kept
 
 
 def _average(image: UInt8Array, box: tuple[int, int, int, int], out: UInt8Array) -> UInt8Array:

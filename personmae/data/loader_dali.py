@@ -110,10 +110,10 @@ class DaliLoader(Loader):
                 if outputs is not None:
                     failures_in_a_row = 0
                     # Of repeated samples the copies have an axis of their own, [B / R, R, H, W, 3].
-                    region_a, region_b = (torch.from_dlpack(output.as_tensor()).view(-1, *self._size, 3) for output in outputs[:2])
-                    numbers, wanted = outputs[2].as_array(), fed.delivered.samples[:: self._plan.repeats]
+                    regions = [torch.from_dlpack(output.as_tensor()).view(-1, *self._size, 3) for output in outputs[:-1]]
+                    numbers, wanted = outputs[-1].as_array(), fed.delivered.samples[:: self._plan.repeats]
                     assert np.array_equal(numbers, wanted), f"DALI delivered samples {numbers}, not {wanted}"
-                    yield Prepared(assemble(fed.part, fed.delivered, region_a, region_b), fed.failures)
+                    yield Prepared(assemble(fed.part, fed.delivered, regions), fed.failures)
                 else:
                     failures_in_a_row += 1
                     self.recoveries += 1
@@ -141,10 +141,12 @@ class DaliLoader(Loader):
             _Options(
                 plan.has_colour,
                 plan.blur_prob > 0,
+                self._plan.has_shifts,
                 plan.erasing_prob > 0,
                 on_gpu,
                 on_gpu and self._config.dali_decode == "mixed",
                 self._plan.repeats,
+                self._plan.num_regions,
             ),
             batch_size=batch_size,
             num_threads=self._num_threads,
@@ -177,11 +179,11 @@ class DaliLoader(Loader):
 
     def _make_on_host(self, part: PartPlan) -> Prepared:
         """A batch that DALI failed on, from its plan: all reads and checks again, with strict decoding."""
-        regions = torch.empty((2, len(part.plan), *self._size, 3), dtype=torch.uint8)
+        regions = torch.empty((self._plan.num_regions, len(part.plan), *self._size, 3), dtype=torch.uint8)
         samples = part.plan.samples.copy()
         failures = self._painter.paint(part.plan, range(len(samples)), regions.numpy(), samples)
         delivered = with_replacements(self._plan, part.plan, samples)
-        return Prepared(assemble(part, delivered, regions[0], regions[1]).to(self._device), failures)
+        return Prepared(assemble(part, delivered, regions).to(self._device), failures)
 
     def _to_device(self, batch: RegionBatch) -> RegionBatch:
         if self._device.type != "cuda":
@@ -201,18 +203,21 @@ class DaliLoader(Loader):
 class _Options:
     colour: bool
     blur: bool
+    shifts: bool
     erasing: bool
     on_gpu: bool
     mixed: bool
     repeats: int
+    num_regions: int
 
 
 def _graph_inputs(plan: BatchPlan, size: tuple[int, int], repeats: int) -> list[npt.NDArray]:
-    """The plan as the graph takes it. For region A of each copy, then region B of each: start and end of the ROI (y, x), swapped in x when flipped;
-    antialias or not; and, where the options are on, colour matrix, blur sigma and window, anchor and shape of the erased box."""
+    """The plan as the graph takes it. For the first region of each copy, then the next of each: start and end of the ROI (y, x), swapped in x when flipped;
+    antialias or not; and, where the options are on, colour matrix, blur sigma and window, anchor of the shifted region, anchor
+    and shape of the erased box."""
     erase_boxes = plan.erase_boxes(size)
     inputs: list[npt.NDArray] = []
-    for region, copy in itertools.product((0, 1), range(repeats)):
+    for region, copy in itertools.product(range(plan.boxes.shape[1]), range(repeats)):
         rows = slice(copy, None, repeats)
         boxes, flips = plan.boxes[rows, region].astype(np.float32), plan.flips[rows, region]
         starts = np.stack([boxes[:, 0], np.where(flips, boxes[:, 3], boxes[:, 1])], axis=1)
@@ -223,6 +228,8 @@ def _graph_inputs(plan: BatchPlan, size: tuple[int, int], repeats: int) -> list[
             inputs.append(plan.colour[rows, region])
         if plan.blur_sigma is not None:
             inputs += [plan.blur_sigma[rows, region], blur_windows(plan.blur_sigma[rows, region])]
+        if plan.shifts is not None:
+            inputs.append(-plan.shifts[rows, region])
         if erase_boxes is not None:
             corners = erase_boxes[rows, region].astype(np.float32)
             inputs += [corners[:, :2], corners[:, 2:] - corners[:, :2]]
@@ -231,7 +238,7 @@ def _graph_inputs(plan: BatchPlan, size: tuple[int, int], repeats: int) -> list[
 
 
 def _regions_graph(dali: Any, feed: Callable[[], list[Any]], size: tuple[int, int], options: _Options) -> Any:
-    """The graph, for DALI's `pipeline_def`: returns regions A and B, uint8 [H, W, 3] each (repeated: [R, H, W, 3]), and the sample number."""
+    """The graph, for DALI's `pipeline_def`. Returns regions, uint8 [H, W, 3] each (repeated: [copies, H, W, 3]), and sample number."""
     fn, types = dali.fn, dali.types
     kinds = [types.FLOAT, types.FLOAT, types.BOOL]
     dimensions = [1, 1, 0]
@@ -239,23 +246,26 @@ def _regions_graph(dali: Any, feed: Callable[[], list[Any]], size: tuple[int, in
         kinds, dimensions = [*kinds, types.FLOAT], [*dimensions, 2]
     if options.blur:
         kinds, dimensions = [*kinds, types.FLOAT, types.INT32], [*dimensions, 0, 0]
+    if options.shifts:
+        kinds, dimensions = [*kinds, types.INT32], [*dimensions, 1]
     if options.erasing:
         kinds, dimensions = [*kinds, types.FLOAT, types.FLOAT], [*dimensions, 1, 1]
+    num_drawn = options.num_regions * options.repeats
     inputs = fn.external_source(
         source=feed,
-        num_outputs=2 + 2 * options.repeats * len(kinds),
+        num_outputs=2 + num_drawn * len(kinds),
         batch=True,
-        dtype=[types.UINT8, types.INT64, *kinds * (2 * options.repeats)],
-        ndim=[1, 0, *dimensions * (2 * options.repeats)],
+        dtype=[types.UINT8, types.INT64, *kinds * num_drawn],
+        ndim=[1, 0, *dimensions * num_drawn],
     )
     images = fn.decoders.image(inputs[0], device="mixed" if options.mixed else "cpu", output_type=types.RGB, adjust_orientation=False)
     if options.on_gpu and not options.mixed:
         images = images.gpu()
-    firsts = range(2, 2 + 2 * options.repeats * len(kinds), len(kinds))
-    regions = [_region_graph(dali, images, inputs[first : first + len(kinds)], size, options) for first in firsts]
-    if options.repeats == 1:
-        return regions[0], regions[1], inputs[1]
-    return fn.stack(*regions[: options.repeats]), fn.stack(*regions[options.repeats :]), inputs[1]
+    firsts = range(2, 2 + num_drawn * len(kinds), len(kinds))
+    drawn = [_region_graph(dali, images, inputs[first : first + len(kinds)], size, options) for first in firsts]
+    if options.repeats > 1:
+        drawn = [fn.stack(*drawn[first : first + options.repeats]) for first in range(0, num_drawn, options.repeats)]
+    return (*drawn, inputs[1])
 
 
 def _region_graph(dali: Any, images: Any, inputs: list[Any], size: tuple[int, int], options: _Options) -> Any:
@@ -272,6 +282,8 @@ def _region_graph(dali: Any, images: Any, inputs: list[Any], size: tuple[int, in
         region = fn.reinterpret(fn.coord_transform(region, MT=rest.pop(0), dtype=types.UINT8), layout="HWC")
     if options.blur:
         region = fn.gaussian_blur(region, sigma=rest.pop(0), window_size=rest.pop(0))
+    if options.shifts:
+        region = fn.slice(region, start=rest.pop(0), shape=list(size), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
     if options.erasing:
         region = fn.erase(region, anchor=rest.pop(0), shape=rest.pop(0), axes=(0, 1), fill_value=list(ERASED_COLOUR))
     return region

@@ -91,7 +91,7 @@ class ThreadLoader(Loader):
             cv2.setNumThreads(previous)
 
     def _start(self, pool: ThreadPool, part: PartPlan) -> _Started:
-        shape = (2, len(part.plan), *self._size, 3)
+        shape = (self._plan.num_regions, len(part.plan), *self._size, 3)
         regions = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = regions.numpy()
         samples = part.plan.samples.copy()
@@ -105,7 +105,7 @@ class ThreadLoader(Loader):
     def _finish(self, started: _Started) -> Prepared:
         failures = [failure for future in started.futures for failure in future.result()]
         delivered = with_replacements(self._plan, started.part.plan, started.samples)
-        return Prepared(assemble(started.part, delivered, started.regions[0], started.regions[1]), failures)
+        return Prepared(assemble(started.part, delivered, started.regions), failures)
 
     def _image(self, sample: int) -> UInt8Array:
         if self._decoded is not None:
@@ -134,7 +134,7 @@ class RowPainter:
     image: Callable[[int], UInt8Array]
 
     def paint(self, planned: BatchPlan, rows: range, pixels: UInt8Array, samples: npt.NDArray[np.int64]) -> list[Failure]:
-        """Writes some rows of a batch into pixels, uint8 [2, B, H, W, 3], and the samples they show in the end into samples, int64 [B].
+        """Writes some rows of a batch into pixels, uint8 [R, B, H, W, 3], and the samples they show in the end into samples, int64 [B].
 
         rows: all copies of each sample among them, which are drawn from one decoded image.
         """
@@ -155,13 +155,14 @@ class RowPainter:
         return failures
 
     def _draw(self, image: UInt8Array, plan: BatchPlan, erase_boxes: npt.NDArray[np.int32] | None, row: int, out: UInt8Array) -> None:
-        for region in (0, 1):
+        for region in range(len(out)):
             y0, x0, y1, x1 = plan.boxes[row, region].tolist()
             sample_box(image, (y0, x0, y1, x1), bool(plan.flips[row, region]), self.size, out[region])
             recolour(
                 out[region],
                 None if plan.colour is None else plan.colour[row, region],
                 0.0 if plan.blur_sigma is None else float(plan.blur_sigma[row, region]),
+                None if plan.shifts is None else plan.shifts[row, region],
                 None if erase_boxes is None else erase_boxes[row, region],
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +27,14 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What to do with some samples of one epoch. Regions are numbered 0 = A (input) and 1 = B (target).
+    """What to do with some samples of one epoch. Each has R regions: two in pre-training, 0 = A (input) and 1 = B (target).
 
     epoch: the epoch they are drawn in. samples: int64 [B]. copies: int64 [B], which of its pairs of regions this is, from
-    0 (0 throughout unless samples are repeated); the copies of a sample stand side by side. boxes: int32 [B, 2, 4], (y0, x0, y1, x1) pixels of the
-    unflipped stored image. flips: bool [B, 2]. The rest is None when the option is off: colour: float32 [B, 2, 3, 4],
-    output level = matrix @ (R, G, B, 1) with levels 0 to 255. blur_sigma: float32 [B, 2], output pixels, 0 = no blur.
-    erase_fractions: float32 [B, 2, 4], (y0, x0, y1, x1) as fractions of the region, all 0 = nothing erased; see
-    `erase_boxes`.
+    0 (0 throughout unless samples are repeated); the copies of a sample stand side by side. boxes: int32 [B, R, 4], (y0, x0, y1, x1) pixels of the
+    unflipped stored image. flips: bool [B, R]. The rest is None when the option is off: colour: float32 [B, R, 3, 4],
+    output level = matrix @ (R, G, B, 1) with levels 0 to 255. blur_sigma: float32 [B, R], output pixels, 0 = no blur.
+    shifts: int32 [B, R, 2], (down, right) in output pixels, black comes in. erase_fractions: float32 [B, R, 4], (y0, x0, y1, x1) as
+    fractions of the region, all 0 = nothing erased; see `erase_boxes`.
     """
 
     epoch: int
@@ -43,13 +44,14 @@ class BatchPlan:
     flips: BoolArray
     colour: Float32Array | None = None
     blur_sigma: Float32Array | None = None
+    shifts: Int32Array | None = None
     erase_fractions: Float32Array | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def erase_boxes(self, size: tuple[int, int]) -> Int32Array | None:
-        """The erased boxes in pixels of regions of (height, width): int32 [B, 2, 4], (y0, x0, y1, x1)."""
+        """The erased boxes in pixels of regions of (height, width): int32 [B, R, 4], (y0, x0, y1, x1)."""
         if self.erase_fractions is None:
             return None
         height, width = size
@@ -64,7 +66,7 @@ class BatchPlan:
             result[rows] = theirs
             return result
 
-        def merged_option(ours: Float32Array | None, theirs: Float32Array | None) -> Float32Array | None:
+        def merged_option(ours: Any, theirs: Any) -> Any:
             return None if ours is None or theirs is None else merged(ours, theirs)
 
         return replace(
@@ -75,6 +77,7 @@ class BatchPlan:
             flips=merged(self.flips, other.flips),
             colour=merged_option(self.colour, other.colour),
             blur_sigma=merged_option(self.blur_sigma, other.blur_sigma),
+            shifts=merged_option(self.shifts, other.shifts),
             erase_fractions=merged_option(self.erase_fractions, other.erase_fractions),
         )
 
@@ -92,7 +95,12 @@ class Plan:
     Steps count from 0 through all epochs; a step shows batch_size / R images R times each, side by side, and an epoch has
     N // (batch_size / R) steps; the few samples left over sit out (other ones each epoch). Raises UserError if batch_size
     is larger than N * R or no multiple of R.
+
+    num_regions: R of its batches. has_shifts: whether they are shifted.
     """
+
+    num_regions = 2
+    has_shifts = False
 
     def __init__(
         self,
