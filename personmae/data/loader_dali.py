@@ -212,9 +212,9 @@ class _Options:
 
 
 def _graph_inputs(plan: BatchPlan, size: tuple[int, int], repeats: int) -> list[npt.NDArray]:
-    """The plan as the graph takes it. For the first region of each copy, then the next of each: start and end of the ROI (y, x), swapped in x when flipped;
-    antialias or not; and, where the options are on, colour matrix, blur sigma and window, anchor of the shifted region, anchor
-    and shape of the erased box."""
+    """The plan as the graph takes it. For the first region of each copy, then for the next: start and end of the ROI (y, x), swapped in x when
+    flipped; antialias or not; and, where the options are on, colour matrix, blur sigma and window, anchor of the shifted region, anchor and shape of
+    the erased box."""
     erase_boxes = plan.erase_boxes(size)
     inputs: list[npt.NDArray] = []
     for region, copy in itertools.product(range(plan.boxes.shape[1]), range(repeats)):
@@ -238,7 +238,7 @@ def _graph_inputs(plan: BatchPlan, size: tuple[int, int], repeats: int) -> list[
 
 
 def _regions_graph(dali: Any, feed: Callable[[], list[Any]], size: tuple[int, int], options: _Options) -> Any:
-    """The graph, for DALI's `pipeline_def`. Returns regions, uint8 [H, W, 3] each (repeated: [copies, H, W, 3]), and sample number."""
+    """The graph of a `pipeline_def`. Returns regions, uint8 [H, W, 3] each (repeated: [copies, H, W, 3]), and sample number."""
     fn, types = dali.fn, dali.types
     kinds = [types.FLOAT, types.FLOAT, types.BOOL]
     dimensions = [1, 1, 0]
