@@ -13,6 +13,7 @@ from personmae.configs import UserError, user_errors_exit
 COMMANDS = {
     "demo": "draw the built-in data set, pre-train, evaluate, write a report",
     "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
+    "train": "TASK: holistic or occluded: fine-tune an encoder on a labelled set, score it, write a report",
     "evaluate": "retrieval scores of runs, encoder files or anyone's features on labelled sets",
     "pack": "pack a folder, list, zip, tar or LMDB of images into checked tar shards, for pre-training on millions",
     "crop": "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)",
@@ -71,6 +72,8 @@ def _run(command: str, arguments: list[str]) -> None:
         from personmae.recipes.programs import DemoConfig
 
         demo.main(_parse(DemoConfig, program, demo, arguments))
+    elif command == "train":
+        _run_task(arguments)
     elif command == "evaluate":
         from personmae.recipes.programs import RetrievalConfig
         from personmae.tasks import retrieval
@@ -93,6 +96,22 @@ def _run(command: str, arguments: list[str]) -> None:
         from personmae.tasks import drawing
 
         drawing.main(_parse(DrawConfig, program, drawing, arguments))
+
+
+def _run_task(arguments: list[str]) -> None:
+    task, rest = arguments[:1], arguments[1:]
+    if task == ["holistic"]:
+        from personmae.tasks import holistic
+
+        holistic.main(holistic.from_command_line(rest, "personmae train holistic"))
+    elif task == ["occluded"]:
+        from personmae.tasks import occluded
+
+        occluded.main(occluded.from_command_line(rest, "personmae train occluded"))
+    elif task and task[0] in ("-h", "--help"):
+        print("usage: personmae train holistic|occluded PRESET [flags]\n\npersonmae train holistic --help lists presets and flags")
+    else:
+        raise UserError(f"train {' '.join(task) or 'alone'} is no command; there are: train holistic, train occluded")
 
 
 def _run_data(arguments: list[str]) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks._measure import Spread, commit, spread, time_calls, write_result
-from personmae.data.loaders import has_dali
-from tests.bad_images import write_people
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,18 +45,6 @@ def test_results_say_where_they_come_from(tmp_path):
     assert record["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert record["date"].endswith("+00:00")
     assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
-
-
-def test_the_benchmark_of_the_loaders_runs(tmp_path):
-    write_people(tmp_path / "people", 40)
-    command = ["benchmarks/loading.py", "--source", str(tmp_path / "people"), "--output", str(tmp_path / "loading.json"), "--num-turns", "2"]
-    options = ["--batch-size", "8", "--num-batches", "2", "--size", "32", "16", "--device", "cpu", "--colour"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    result = subprocess.run([sys.executable, *command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "loading.json").read_text())["results"]
-    assert [row["kind"] for row in rows] == (["threads", "dali"] if has_dali() else ["threads"])
-    assert all(0 < row["images_per_second"]["low"] <= row["images_per_second"]["high"] for row in rows)
 
 
 def test_the_benchmark_names_a_wrong_source(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -53,6 +54,21 @@ class LabelledImages:
         alone = int((counts == 1).sum())
         single = f", {alone:,} of them in one image alone" if alone else ""
         return f"{len(self):,} images of {self.num_people:,} people{single} from {self.num_cameras:,} cameras"
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """train: what is trained on. held_out: with query and gallery of the people who are not, or None. tests: (name, set), scored at the end."""
+
+    train: LabelledImages
+    held_out: ReidSet | None
+    tests: list[tuple[str, ReidSet]]
+
+    def digest(self) -> str:
+        """Changes with any image, person or camera of the training; says their numbers, too."""
+        train = self.train
+        labels = hashlib.sha256(train.people[train.labels].tobytes() + train.camera_names[train.cameras].tobytes())
+        return f"{train.index.digest()}-{labels.hexdigest()[:8]} ({train.describe()})"
 
 
 def open_labelled(images: Sequence[PersonImage], list_file: Path, announce: Callable[[str], None]) -> LabelledImages:

@@ -25,14 +25,20 @@ with contextlib.suppress(ModuleNotFoundError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForeignConfig:
+class ForeignWeights:
     """How weights of other projects are read."""
 
     part: Literal["student", "teacher"] | None = None  # of a file that holds two networks
-    image_size: tuple[int, int] = (256, 128)  # height, width in pixels, to which positions are brought
     grid: tuple[int, int] | None = None  # rows, columns of the file's positions, where their number leaves that open
     num_heads: int | None = None  # where the width does not tell
     normalisation: Literal["imagenet", "half"] | None = None  # of the pixels: ImageNet's, or 0.5 and 0.5; None: what the family is known for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignConfig(ForeignWeights):
+    """The same, and the size of the images they are scored on."""
+
+    image_size: tuple[int, int] = (256, 128)  # height, width in pixels, to which positions are brought
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def main(config: RetrievalConfig, say: Say = print) -> list[dict[str, Any]]:
     say(f"operators: {describe_operators(choose_device(config.device, local_rank=None))}")
     table: Table = {}
     rows = score_feature_files(config, scoring, table, say)
-    sets = open_sets(config) if config.checkpoint else []
+    sets = open_sets(config.data, config.split) if config.checkpoint else []
     names = distinct_names([checkpoint.absolute() for checkpoint in config.checkpoint])
     for checkpoint, name in zip(config.checkpoint, names, strict=True):
         with tempfile.TemporaryDirectory() as scratch:
@@ -207,18 +207,18 @@ def count_warnings(reid_set: ReidSet) -> list[str]:
     return [f"WARNING: this is not {reid_set.name} as published: {'; '.join(wrong)} (personmae data check says more)"] if wrong else []
 
 
-def open_sets(config: RetrievalConfig) -> list[tuple[str, ReidSet]]:
-    """The sets of --data, with name and split in words; of those with several splits the ones asked for. Raises UserError for what is no set, before
-    anything is computed."""
-    folders = [given if Path(given).exists() else given.partition("=")[2] or given for given in config.data]
+def open_sets(data: Sequence[str], split: int | Literal["all"] = 0) -> list[tuple[str, ReidSet]]:
+    """The sets that NAME=FOLDER or FOLDER name, with name and split in words; of those with several splits the ones asked for. Raises UserError for
+    what is no set, before anything is computed."""
+    folders = [given if Path(given).exists() else given.partition("=")[2] or given for given in data]
     own_names = distinct_names([Path(folder).expanduser().absolute() for folder in folders])
     opened = []
-    for given, folder, own_name in zip(config.data, folders, own_names, strict=True):
+    for given, folder, own_name in zip(data, folders, own_names, strict=True):
         name = None if given == folder else given.partition("=")[0]
-        root, split = Path(folder).expanduser(), 0 if config.split == "all" else config.split
-        found = [open_reid_set(name, root, split=split)]
-        if config.split == "all" and (name or found[0].name in REID_SETS):
-            found += [open_reid_set(name, root, split=split) for split in range(1, num_splits(name or found[0].name))]
+        root, first = Path(folder).expanduser(), 0 if split == "all" else split
+        found = [open_reid_set(name, root, split=first)]
+        if split == "all" and (name or found[0].name in REID_SETS):
+            found += [open_reid_set(name, root, split=number) for number in range(1, num_splits(name or found[0].name))]
         opened += [(f"{reid_set.name if name else own_name} {reid_set.split}".strip(), reid_set) for reid_set in found]
     if len(dict(opened)) < len(opened):
         label = next(label for label, _ in opened if [other for other, _ in opened].count(label) > 1)

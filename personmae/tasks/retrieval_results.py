@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from personmae.configs import UserError
@@ -48,10 +49,11 @@ def write_tables(folder: Path, table: Mapping[tuple[str, str], Scores], rows: Se
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
-def write_evaluations(run: Path, contents: Sequence[Mapping[str, Any]]) -> None:
-    """Puts evaluations into the run's evaluation.json. Those of other sets or rules stay in it, as long as they are of the same encoder."""
+def write_evaluations(run: Path, contents: Sequence[Mapping[str, Any]], weights: str = "encoder.safetensors") -> None:
+    """Puts evaluations into the run's evaluation.json. Those of other sets or rules stay in it, as long as they are of the same weights, a file of
+    the run."""
     path = run / "evaluation.json"
-    encoder = hashlib.sha256((run / "encoder.safetensors").read_bytes()).hexdigest()[:16]
+    encoder = hashlib.sha256((run / weights).read_bytes()).hexdigest()[:16]
     try:
         before = [one for one in json.loads(path.read_text())["evaluations"] if one["encoder"] == encoder]
         keys = [(one["set"], one["rules"]) for one in before]
@@ -79,12 +81,20 @@ def write_browsing_page(
     )
 
 
-def draw_ranked_lists(run: Path, label: str, reid_set: ReidSet, evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """Ranked lists of the headline feature after and before pre-training, for the same queries; paths within the run."""
-    after = evaluations[PRETRAINED]
+def draw_ranked_lists(
+    run: Path,
+    label: str,
+    reid_set: ReidSet,
+    evaluations: Mapping[str, Evaluation],
+    moments: Mapping[str, str] = MappingProxyType({RANDOM: "before pre-training", PRETRAINED: "after pre-training"}),
+) -> list[str]:
+    """Ranked lists of the headline feature, for the same queries; paths within the run. moments: which evaluations, in order, and when that was; the
+    last one chooses the queries."""
+    *_, last = moments
+    after = evaluations[last]
     chosen = choose_queries(after.scores[after.headline].average_precision)
     pictures = []
-    for model, word in ((RANDOM, "before"), (PRETRAINED, "after")):
+    for model, moment in moments.items():
         if model not in evaluations:
             continue
         query, gallery = evaluations[model].headline_features()
@@ -94,12 +104,12 @@ def draw_ranked_lists(run: Path, label: str, reid_set: ReidSet, evaluations: Map
             query,
             gallery,
             chosen=chosen,
-            chosen_by="the pre-trained network",
-            title=f"{label}: {word} pre-training",
+            chosen_by=f"the network {moments[last]}",
+            title=f"{label}: {moment}",
             metric=after.scores[after.headline].metric,
             average_precision=evaluations[model].scores[after.headline].average_precision,
         )
-        relative = f"pictures/ranked_lists_{label.replace(' ', '-')}_{word}.png"
+        relative = f"pictures/ranked_lists_{label.replace(' ', '-')}_{moment.split()[0]}.png"
         (run / "pictures").mkdir(exist_ok=True)
         picture.save(run / relative)
         pictures.append(relative)

@@ -38,7 +38,18 @@ MAX_RECONSTRUCTIONS = 7
 SUMMARY_SETTINGS = (
     ("preset", "preset"),
     ("data.source", "images"),
+    ("data", "labelled set"),
+    ("init", "initial weights"),
+    ("num_people", "people in a batch"),
+    ("images_each", "images of each"),
+    ("started.people", "number of people"),
+    ("best_by", "best epoch chosen by"),
     ("model.encoder.image_size", "region, height x width in px"),
+    ("model.image_size", "image, height x width in px"),
+    ("model.stride_px", "stride of the patches in px"),
+    ("model.feature", "feature"),
+    ("model.parts", "parts"),
+    ("schedule.epochs", "epochs"),
     ("model.encoder.patch_px", "patch in px"),
     ("model.encoder.width", "encoder width"),
     ("model.encoder.depth", "encoder blocks"),
@@ -81,6 +92,8 @@ def write_report(run_dir: Path) -> Path:
         ("notes", "Notes", _notes(evaluations)),
         ("environment", "Versions and machine", _environment(config)),
     ]
+    # What another kind of run has none of is not missed.
+    sections = [section for section in sections if section[2]]
     page = _page(run_dir.resolve().name, _subtitle(config, metrics, evaluations), sections)
     report = run_dir / REPORT_NAME
     partial = run_dir / f"{REPORT_NAME}.partial"
@@ -146,7 +159,7 @@ def _summary(config: Any, problem: str, metrics: Metrics) -> str:
     rows = []
     for path, label in SUMMARY_SETTINGS:
         value = setting(config, path)
-        if value is not None:
+        if value is not None and not isinstance(value, Mapping):
             rows.append((label, " x ".join(map(str, value)) if isinstance(value, list) else value))
     speeds = sorted(row["images_per_second"] for row in metrics.rows if is_number(row.get("images_per_second")))
     if speeds:
@@ -189,7 +202,7 @@ def _reconstructions(run_dir: Path, config: Any) -> str:
         if match:
             numbered.append((int(match[1]), path))
     if not numbered:
-        return missing("No reconstruction was drawn.")
+        return "" if setting(config, "num_people") else missing("No reconstruction was drawn.")
     numbered.sort()
     count = min(MAX_RECONSTRUCTIONS, len(numbered))
     # Evenly spread over the run, with the first and the last.

@@ -9,6 +9,8 @@ from personmae.visuals.report_parts import entries, is_number, missing, text
 
 # The rows of evaluation.json that the tiles compare, by the names that `tasks/retrieval.py` gives them.
 PRETRAINED, RANDOM, HISTOGRAM = "pre-trained", "random initialisation", "colour histogram"
+# And those of fine-tuning.
+START, LAST = "initial weights", "last epoch"
 RATE_COLUMNS = tuple((f"TPR@FPR={rate}", f"TPR at FPR {rate}") for rate in ("1e-04", "1e-03", "1e-02", "1e-01"))
 SCORE_COLUMNS = (("mAP", "mAP"), ("rank1", "rank-1"), ("rank5", "rank-5"), ("rank10", "rank-10"), ("mINP", "mINP"), *RATE_COLUMNS)
 
@@ -27,7 +29,8 @@ def score_section(evaluation: Any, problem: str) -> str:
     rows = [row for row in entries(evaluation, "rows") if isinstance(row, Mapping)]
     if not rows:
         return missing("evaluation.json holds no scores.")
-    caption = f"Zero-shot retrieval{_details(evaluation, rows[0])}. All in percent; bold: the best of a column."
+    tuned = any(row.get("model") == LAST for row in rows)
+    caption = f"{'Retrieval' if tuned else 'Zero-shot retrieval'}{_details(evaluation, rows[0])}. All in percent; bold: the best of a column."
     return (
         f'{_headline(rows)}<div class="scroll"><table><caption>{caption}</caption>{_table(rows)}</table></div>'
         f'<p class="small">{text(_EXPLANATION)}</p>'
@@ -45,7 +48,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     body, previous = [], None
     for row in rows:
         model, feature = row.get("model", "?"), row.get("feature", "?")
-        kinds = [kind for kind, holds in (("pretrained", model == PRETRAINED), ("first", model != previous)) if holds]
+        kinds = [kind for kind, holds in (("pretrained", model in (PRETRAINED, LAST)), ("first", model != previous)) if holds]
         cells = "".join(_cell(row.get(key), best[key], entries(row, f"intervals.{key}"), bar=key == "mAP") for key in best)
         # The name stands in every row for screen readers; the style shows it once for each group.
         names = f'<th scope="row">{text(model)}</th><td>{text(feature)}</td>'
@@ -73,9 +76,10 @@ def _interval(ends: Sequence[Any]) -> str:
 
 
 def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tiles: one feature before and after pre-training; the whitened mean if there is one, else the first both have."""
-    before = {row.get("feature"): row for row in rows if row.get("model") == RANDOM}
-    after = {row.get("feature"): row for row in rows if row.get("model") == PRETRAINED}
+    """Tiles: one feature before and after training; the whitened mean if there is one, else the first both have."""
+    first, last = (START, LAST) if any(row.get("model") == LAST for row in rows) else (RANDOM, PRETRAINED)
+    before = {row.get("feature"): row for row in rows if row.get("model") == first}
+    after = {row.get("feature"): row for row in rows if row.get("model") == last}
     shared = [feature for feature in after if feature in before]
     if not shared:
         return missing("There is no score both before and after pre-training, so there is no gain to state.")
@@ -89,7 +93,7 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
             gain = 100 * (high - low)
             title = f'{label} <span class="quiet">({text(feature)})</span>'
             change = f'{_percent(low)} <span class="arrow">&rarr;</span> <strong>{_percent(high)}</strong>'
-            words = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'} random initialisation"
+            words = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'} {first}"
             tiles.append(_tile(title, change, words, "up" if gain >= 0 else "down"))
     colours = [row["mAP"] for row in rows if row.get("model") == HISTOGRAM and is_number(row.get("mAP"))]
     if colours:
