@@ -15,11 +15,17 @@ import torch
 from safetensors.torch import load_file
 
 from personmae.configs import UserError
+from personmae.data.images import read_image, resize
 from personmae.data.mannequins import MannequinsConfig, draw_mannequins
+from personmae.data.reid import open_reid_set
+from personmae.evaluation.inputs import labels_of_set
+from personmae.evaluation.protocol import evaluate, score
 from personmae.models.vit import VisionTransformer, VitConfig, initialise
 from personmae.models.weights import load_encoder, load_reid, save_encoder
 from personmae.recipes.finetuning import FinetuneConfig, finetuning_presets
-from personmae.tasks import finetuning, holistic, occluded
+from personmae.recipes.programs import RetrievalConfig
+from personmae.tasks import finetuning, holistic, occluded, retrieval
+from personmae.tasks.model_scores import cameras_known
 from personmae.training.best_epoch import BestEpoch
 from personmae.training.checkpoints import list_checkpoints, load_checkpoint
 
@@ -193,13 +199,47 @@ def test_other_configurations_run_and_resume(mannequins, weights, tmp_path, monk
     assert load_reid(run / "reid.safetensors").encoder.config.image_size == ((96, 32) if "96" in more else (64, 32))
 
 
-def test_the_written_model_gives_the_scores_of_the_run(undisturbed, mannequins):
-    from personmae.data.reid import open_reid_set
-    from personmae.evaluation.protocol import evaluate
+def evaluated(checkpoint: Path, data: Path, **options) -> float:
+    (row,) = retrieval.main(RetrievalConfig(checkpoint=(checkpoint,), data=(str(data),), cache=False, device="cpu", **options), say=lambda _: None)
+    return row["mAP"]
 
+
+def test_the_written_model_gives_the_scores_of_the_run(undisturbed, mannequins, tmp_path):
     model = load_reid(undisturbed / "reid.safetensors").encoder
     found = evaluate(model.describe, open_reid_set(None, mannequins), size=(64, 32))
     assert found.scores["feature"].mAP == pytest.approx(scores(undisturbed)["last epoch"], abs=1e-9)
+    # By the command, of the run, and of a file anywhere.
+    assert evaluated(undisturbed, mannequins) == pytest.approx(scores(undisturbed)["last epoch"], abs=1e-9)
+    best = next(score for name, score in scores(undisturbed).items() if name.startswith("best"))
+    shutil.copy(undisturbed / "best.safetensors", tmp_path / "any.safetensors")
+    found_best = evaluated(tmp_path / "any.safetensors", mannequins, output=tmp_path / "scores", page=True, flip=False)
+    assert found_best == pytest.approx(best, abs=1e-9)
+    assert list((tmp_path / "scores").rglob("scores.json"))
+    assert list((tmp_path / "scores").rglob("*.html"))
+    with pytest.raises(UserError, match="no --attention"):
+        evaluated(undisturbed, mannequins, attention=True, page=True, output=tmp_path)
+
+
+def test_camera_embeddings_are_those_of_the_training_set(mannequins, weights, tmp_path):
+    run = tmp_path / "run"
+    run_here(mannequins, weights, run, "--schedule.epochs", "2", "--model.camera-weight", "40", "--best-by", "no", "--test", str(mannequins))
+    own = evaluated(run, mannequins)
+    assert own == pytest.approx(scores(run)["last epoch"], abs=1e-9)
+    # By hand: one image after the other, each with its own camera.
+    model, _, notes = load_reid(run / "reid.safetensors")
+    reid_set = open_reid_set(None, mannequins)
+    known = cameras_known(notes, reid_set)
+    assert known == {1: 0, 2: 1, 3: 2, 4: 3}
+    features = []
+    for image in [*reid_set.query, *reid_set.gallery]:
+        pixels = torch.from_numpy(resize(read_image(image.path), (64, 32)))[None]
+        features.append(model.describe(pixels, torch.tensor([known[image.camera]]))["feature"])
+    joined = torch.cat(features).detach()
+    expected = score(joined[: len(reid_set.query)], joined[len(reid_set.query) :], *labels_of_set(reid_set)).mAP
+    assert own == pytest.approx(expected, abs=1e-6)
+    # Of another set the numbers mean other cameras.
+    assert cameras_known(notes, replace(reid_set, name="another")) == {}
+    assert cameras_known(notes, replace(reid_set, name=f"{reid_set.name} held out")) == known
 
 
 def test_from_nothing(mannequins, weights, tmp_path):

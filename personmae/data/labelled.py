@@ -58,8 +58,10 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """train: what is trained on. held_out: with query and gallery of the people who are not, or None. tests: (name, set), scored at the end."""
+    """name: of the set. train: what is trained on. held_out: with query and gallery of the people who are not, or None. tests: (name, set), scored at
+    the end."""
 
+    name: str
     train: LabelledImages
     held_out: ReidSet | None
     tests: list[tuple[str, ReidSet]]

@@ -29,11 +29,7 @@ def save_encoder(path: Path, encoder: VisionTransformer, notes: Mapping[str, str
 
 def is_encoder_file(path: Path) -> bool:
     """Whether this is a file that `save_encoder` wrote. Raises nothing: of a file that is missing or damaged it says no."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return ENCODER in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return _has_entry(path, ENCODER)
 
 
 def load_encoder(path: Path) -> VisionTransformer:
@@ -51,6 +47,12 @@ class ReidModel(NamedTuple):
 
     encoder: ReidEncoder
     head: IdentityHead | None
+    notes: dict[str, str]  # of `save_reid`
+
+
+def is_reid_file(path: Path) -> bool:
+    """Whether this is a file that `save_reid` wrote. Raises nothing: of a file that is missing or damaged it says no."""
+    return _has_entry(path, REID)
 
 
 def save_reid(path: Path, encoder: ReidEncoder, head: IdentityHead | None, notes: Mapping[str, str]) -> None:
@@ -76,7 +78,16 @@ def load_reid(path: Path) -> ReidModel:
     encoder = ReidEncoder(VisionTransformer(from_plain(VitConfig, header["encoder"])), from_plain(ReidConfig, header["reid"]), header["num_cameras"])
     head = None if header["head"] is None else IdentityHead(from_plain(IdentityHeadConfig, header["head"]))
     _fill(path, nn.ModuleDict({"encoder": encoder} if head is None else {"encoder": encoder, "head": head}), tensors)
-    return ReidModel(encoder.eval(), None if head is None else head.eval())
+    notes = {name: text for name, text in headers.items() if name not in ("format", REID)}
+    return ReidModel(encoder.eval(), None if head is None else head.eval(), notes)
+
+
+def _has_entry(path: Path, entry: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return entry in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], entry: str, header: Any, notes: Mapping[str, str]) -> None:

@@ -27,6 +27,7 @@ from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.zoo import ENCODERS
 from personmae.recipes.finetuning import FREE_SETTINGS, RANDOM, FinetuneConfig
 from personmae.tasks.finetuning_results import finish, mean_average_precision
+from personmae.tasks.model_scores import camera_notes
 from personmae.tasks.retrieval import count_warnings, open_sets
 from personmae.training.best_epoch import BestEpoch
 from personmae.training.blocks import choose_compilation, set_blocks
@@ -157,11 +158,12 @@ def main(config: FinetuneConfig) -> int:
                     if epoch_done and config.best_by != "no" and (epoch_done % config.evaluate_every == 0 or step == total):
                         if followers:
                             copy_buffers(followers, model)
-                        found = processes.from_main(lambda: mean_average_precision(scored, judges(sets, config), train, config, device))
+                        found = processes.from_main(lambda: mean_average_precision(scored, judges(sets, config), sets, config, device))
                         model.train()
                         latest["judged_map"] = found
                         if best.is_better(found, epoch + 1) and processes.is_main:
-                            best.save(scored, scored_head, {"run": str(config.run_dir), "preset": config.preset, "by": config.best_by})
+                            about = {"run": str(config.run_dir), "preset": config.preset, "by": config.best_by}
+                            best.save(scored, scored_head, {**about, **camera_notes(sets)})
                     checkpoint_due = stopped or step == total or (epoch_done > 0 and epoch_done % config.checkpoint_every == 0)
                     values = {
                         "loss": losses.total,
@@ -192,7 +194,7 @@ def main(config: FinetuneConfig) -> int:
                     if followers:
                         copy_buffers(followers, model)
                     start = build_model(config, initial, train)[0]
-                    logbook.announce(finish(config, scored, scored_head, start, best, sets.tests, train, device, step, total, logbook.announce))
+                    logbook.announce(finish(config, scored, scored_head, start, best, sets, device, step, total, logbook.announce))
             return step
 
 
@@ -214,7 +216,7 @@ def open_training_sets(config: FinetuneConfig) -> TrainingSets:
     if config.model.camera_weight > 0 and not whole.has_cameras:
         raise UserError(f"{name} does not tell its cameras, and --model.camera-weight needs them; set it to 0")
     tests = open_sets(config.test, config.split) if config.test else [(name, whole)]
-    return TrainingSets(train, divided, tests)
+    return TrainingSets(whole.name, train, divided, tests)
 
 
 def judges(sets: TrainingSets, config: FinetuneConfig) -> list[ReidSet]:

@@ -35,9 +35,10 @@ from personmae.evaluation.scores import Scores
 from personmae.interop.initial_weights import load_initial
 from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
-from personmae.models.weights import is_encoder_file, load_encoder
+from personmae.models.weights import is_encoder_file, is_reid_file, load_encoder, load_reid
 from personmae.recipes.pretraining import PretrainConfig
 from personmae.recipes.programs import RetrievalConfig
+from personmae.tasks.model_scores import cameras_known, evaluate_model
 from personmae.tasks.retrieval_results import draw_ranked_lists, write_browsing_page, write_evaluations, write_score_files, write_tables
 from personmae.training.logbook import check_run_dir
 from personmae.training.processes import choose_device
@@ -46,6 +47,8 @@ from personmae.visuals.report_scores import HISTOGRAM, PRETRAINED, RANDOM
 from personmae_kernels.launching import describe_operators
 
 Say = Callable[[str], object]
+# Of a fine-tuning run, the weights of its last epoch.
+LAST_FILE = "reid.safetensors"
 Table = dict[tuple[str, str], Scores]  # (set, "model: feature") -> scores
 
 
@@ -63,6 +66,10 @@ def main(config: RetrievalConfig, say: Say = print) -> list[dict[str, Any]]:
     sets = open_sets(config.data, config.split) if config.checkpoint else []
     names = distinct_names([checkpoint.absolute() for checkpoint in config.checkpoint])
     for checkpoint, name in zip(config.checkpoint, names, strict=True):
+        tuned = checkpoint / LAST_FILE if checkpoint.is_dir() else checkpoint
+        if is_reid_file(tuned):
+            rows += score_tuned(tuned, checkpoint, name, sets, config, scoring, table, say)
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             rows += score_checkpoint(checkpoint, name, sets, config, scoring, table, Path(scratch), say)
     if len(table) > 1:
@@ -189,6 +196,57 @@ def score_checkpoint(
         write_evaluations(checkpoint, contents)
         say(f"report: {write_report(checkpoint)}")
     return rows
+
+
+def score_tuned(
+    weights: Path,
+    checkpoint: Path,
+    own_name: str,
+    sets: list[tuple[str, ReidSet]],
+    config: RetrievalConfig,
+    scoring: ScoringConfig,
+    table: Table,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """Scores of a fine-tuned model on all sets, of its own feature and by the cosine of the rules; adds to the table, returns its rows. weights: its
+    file. checkpoint: as it was given, that file or its run folder. Files are written into --output alone: a run's report has its own scores."""
+    if config.attention or config.unlabelled is not None:
+        raise UserError(f"{weights} is a fine-tuned model, for which there is no --attention and no whitening (--unlabelled); leave it out")
+    if config.page and config.output is None:
+        raise UserError(f"the page of {checkpoint} has no place; give --output FOLDER")
+    model = load_reid(weights)
+    device = choose_device(config.device, local_rank=None)
+    rows = []
+    for label, reid_set in sets:
+        say(reid_set.describe())
+        for note in [*reid_set.notes, *count_warnings(reid_set)]:
+            say(f"  {note}")
+        found = evaluate_model(
+            model.encoder.to(device),
+            reid_set,
+            cameras_known(model.notes, reid_set),
+            metrics=(scoring.metric or scoring.convention.metric,),
+            scoring=scoring,
+            flip=config.flip,
+            batch_size=config.batch_size,
+            num_threads=config.num_threads,
+            device=device,
+            precision=config.precision,
+            cache=FeatureCache() if config.cache else None,
+            announce=say,
+        )
+        for feature, scores in found.scores.items():
+            table[label, f"{own_name}: {feature}"] = scores
+            folder_of_set = label.removesuffix(reid_set.split).strip()
+            rows.append({"checkpoint": str(checkpoint), "set": label, "folder": folder_of_set, **scores.row("fine-tuned", feature)})
+            say(f"{'fine-tuned':22} {feature:16} {scores}")
+        if config.output is not None:
+            folder = config.output / own_name / "-".join([label, *scoring.words(), *(["flip"] if config.flip else [])]).replace(" ", "-")
+            write_score_files(folder, found.scores, found.headline, checkpoint=str(checkpoint), set=label)
+            say(f"scores of all features and the table of queries ({found.headline}): {folder}")
+            if config.page:
+                say(f"ranked lists: {write_browsing_page(folder / 'ranked_lists', reid_set, found, scoring, None)}")
+    return rows + mean_rows(rows, say) if config.split == "all" else rows
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
