@@ -11,6 +11,7 @@
 #   STACK=torch211        torch 2.11 for CUDA 13 instead of 2.10 for CUDA 12.8, without DALI, xformers and faiss; in .venv-torch211
 #   PY=python3            run with an environment you have; nothing is installed
 #   ARGS="..."            handed on to the demo, or to pytest
+#   PARTS="tests step"    of make gpu only these; all: model step operators loading convergence tests
 #   DRY_RUN=1             make gpu on the CPU, its tests skipped, its results under build/dry-run
 
 SHELL := /bin/bash
@@ -23,6 +24,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 STACK ?= default
 NEEDED_GB := 10
+ALL_PARTS := model step operators loading convergence tests
+PARTS ?= $(ALL_PARTS)
 
 ifeq ($(STACK),default)
 CONSTRAINTS := constraints.txt
@@ -107,14 +110,19 @@ gpu: $(READY)
 	# Each part has its own time, and what fails does not keep the others from their results.
 	failed=0
 	part() {
+	  case " $(PARTS) " in *" $$1 "*) ;; *) return 0;; esac
 	  echo "== $$*"
-	  timeout $$(($$1 * $(if $(DRY_RUN),5,1))) "$${@:2}" || { echo "== failed ($$?): $$*"; failed=1; }
+	  timeout $$(($$2 * $(if $(DRY_RUN),5,1))) "$${@:3}" || { echo "== failed ($$?): $$*"; failed=1; }
 	}
-	part 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
-	part 400 $(PY) benchmarks/throughput.py --output $$results/throughput.json
-	part 400 $(PY) benchmarks/operators.py --output $$results/operators.json
-	part 120 $(PY) -m pytest -q tests/test_fused_convergence.py
-	part 120 $(PY) -m pytest -q -m gpu $(ARGS)
+	for name in $(PARTS); do
+	  case " $(ALL_PARTS) " in *" $$name "*) ;; *) echo "there is no part $$name; there are: $(ALL_PARTS)" >&2; exit 2;; esac
+	done
+	part model 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
+	part step 400 $(PY) benchmarks/throughput.py --output $$results/throughput.json
+	part operators 400 $(PY) benchmarks/operators.py --output $$results/operators.json
+	part loading 200 $(PY) benchmarks/loading.py --output $$results/loading.json
+	part convergence 120 $(PY) -m pytest -q tests/test_fused_convergence.py
+	part tests 180 $(PY) -m pytest -q -m gpu $(ARGS)
 	exit $$failed
 
 clean:

@@ -242,6 +242,21 @@ def test_camera_embeddings_are_those_of_the_training_set(mannequins, weights, tm
     assert cameras_known(notes, replace(reid_set, name=f"{reid_set.name} held out")) == known
 
 
+@pytest.mark.gpu
+def test_a_gpu_has_the_losses_of_the_cpu_in_fp32(mannequins, weights, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    run_here(mannequins, weights, run, "--device", "cuda", "--precision", "fp32", "--compile", "no", "--loader.kind", "threads")
+    for one, two in zip(metrics(undisturbed)[:6], metrics(run)[:6], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3), one["step"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [(), ("--model.parts", "jpm", "--model.stride-px", "6", "--accumulation", "2", "--model.drop-path", "0.1")])
+def test_a_gpu_run_in_bf16_ends_with_scores(mannequins, weights, tmp_path, more):
+    run_here(mannequins, weights, tmp_path / "run", "--device", "cuda", *more)
+    assert scores(tmp_path / "run")["last epoch"] > 0
+
+
 def test_from_nothing(mannequins, weights, tmp_path):
     run_here(mannequins, weights, tmp_path / "run", "--init", "random:vit-nano", "--model.stride-px", "16", "--schedule.epochs", "1")
     assert "vit-nano from nothing" in (tmp_path / "run" / "log.txt").read_text()

@@ -52,6 +52,20 @@ def test_on_a_gpu_one_failing_part_keeps_no_other_from_its_results(tmp_path, bro
 
 
 @needs_make
+def test_chosen_parts_alone_run_on_a_gpu(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = write_program(tmp_path / "python", 'echo "ran $*"')
+    command = ["make", "gpu", f"PY={python}"]
+    result = subprocess.run([*command, "PARTS=tests loading"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ran = [line for line in result.stdout.splitlines() if line.startswith("ran -m") or line.startswith("ran bench")]
+    assert result.returncode == 0
+    assert [("-m gpu" in line, "loading.py" in line) for line in ran] == [(False, True), (True, False)]
+    wrong = subprocess.run([*command, "PARTS=everything"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode != 0
+    assert "there is no part everything; there are: model step" in wrong.stderr
+
+
+@needs_make
 def test_without_a_gpu_only_a_dry_run_goes_on_and_it_keeps_the_results(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     python = write_program(tmp_path / "python", 'echo "ran $*"', '[[ "$1" != -c ]]')
