@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ from personmae.configs import UserError, user_errors_exit
 COMMANDS = {
     "demo": "draw the built-in data set, pre-train, evaluate, write a report",
     "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
-    "train": "TASK: holistic or occluded: fine-tune an encoder on a labelled set, score it, write a report",
+    "train": "TASK: holistic, occluded, usl or uda: train an encoder on a labelled set or without labels, score it, write a report",
     "evaluate": "retrieval scores of runs, encoder files or anyone's features on labelled sets",
     "pack": "pack a folder, list, zip, tar or LMDB of images into checked tar shards, for pre-training on millions",
     "crop": "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)",
     "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
     "mannequins": "draw the built-in data set",
 }
+
+
+TASKS = ("holistic", "occluded", "usl", "uda")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,19 +103,14 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _run_task(arguments: list[str]) -> None:
-    task, rest = arguments[:1], arguments[1:]
-    if task == ["holistic"]:
-        from personmae.tasks import holistic
-
-        holistic.main(holistic.from_command_line(rest, "personmae train holistic"))
-    elif task == ["occluded"]:
-        from personmae.tasks import occluded
-
-        occluded.main(occluded.from_command_line(rest, "personmae train occluded"))
-    elif task and task[0] in ("-h", "--help"):
-        print("usage: personmae train holistic|occluded PRESET [flags]\n\npersonmae train holistic --help lists presets and flags")
+    task, rest = " ".join(arguments[:1]), arguments[1:]
+    if task in TASKS:
+        module = importlib.import_module(f"personmae.tasks.{task}")
+        module.main(module.from_command_line(rest, f"personmae train {task}"))
+    elif task in ("-h", "--help"):
+        print(f"usage: personmae train {'|'.join(TASKS)} PRESET [flags]\n\npersonmae train holistic --help lists presets and flags")
     else:
-        raise UserError(f"train {' '.join(task) or 'alone'} is no command; there are: train holistic, train occluded")
+        raise UserError(f"train {task or 'alone'} is no command; there are: {', '.join(f'train {name}' for name in TASKS)}")
 
 
 def _run_data(arguments: list[str]) -> None:

@@ -55,22 +55,32 @@ class IdentityPlan(Plan):
     remain among themselves at the end; when fewer than P have any left, everybody is dealt again. An epoch has N // (P K) steps, at least 1.
 
     cross_camera: a person's images are dealt such that a group holds as many cameras as it can. A sample that cannot be read is replaced by another
-    image of the same person where there is one.
+    image of the same person where there is one. Samples of label -1, of nobody, are left out.
     """
 
     num_regions = 1
 
     def __init__(
-        self, images: LabelledImages, num_people: int, images_each: int, seed: int, views: ViewConfig, *, cross_camera: bool = False
+        self,
+        images: LabelledImages,
+        num_people: int,
+        images_each: int,
+        seed: int,
+        views: ViewConfig,
+        *,
+        cross_camera: bool = False,
+        steps: int | None = None,
     ) -> None:
-        """num_people, images_each: P and K. Raises UserError for fewer people than P, and if nobody has two images."""
+        """num_people, images_each: P and K. steps: of an epoch, by default as above. Raises UserError for fewer people than P, and if nobody has two
+        images."""
         if num_people < 2 or images_each < 2:
             raise UserError(f"a batch of {num_people} people with {images_each} images each holds no triplets; both are at least 2")
         if images.num_people < num_people:
             raise UserError(
                 f"a batch has {num_people} people, and the training part only {images.num_people}; set --num-people {images.num_people} or lower"
             )
-        counts = np.bincount(images.labels, minlength=images.num_people)
+        known = np.flatnonzero(images.labels >= 0)
+        counts = np.bincount(images.labels[known], minlength=images.num_people)
         if counts.max() < 2:
             raise UserError("every person has one image alone: there is nothing to learn who is the same from; is this a training set?")
         # The plan below knows a batch only as so many samples of a set, and would refuse a small set here.
@@ -82,7 +92,8 @@ class IdentityPlan(Plan):
         self._labels, self._cameras = images.labels, images.cameras
         # Whole groups alone, but for people who have less than one.
         self._groups = np.maximum(counts // images_each, 1)
-        by_person = np.argsort(images.labels, kind="stable")
+        self._steps = steps or max(1, len(known) // self.batch_size)
+        by_person = known[np.argsort(images.labels[known], kind="stable")]
         self._of_person = np.split(by_person, np.cumsum(counts)[:-1])
 
     @property
@@ -92,7 +103,7 @@ class IdentityPlan(Plan):
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.num_samples // self.batch_size)
+        return self._steps
 
     def for_samples(self, epoch: int, samples: npt.ArrayLike, copies: npt.ArrayLike | None = None) -> BatchPlan:
         """Views of these samples (integers [B], repetition allowed): whole images, their flips, shifts, colour and erased boxes. copies: integers

@@ -70,6 +70,13 @@ def cluster_each(distances: csr_array, eps: Sequence[float], *, min_samples: int
     return found
 
 
+def agreement(labels: npt.NDArray[np.int64], people: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Normalised mutual information (arithmetic mean) and adjusted Rand index of two labellings, int64 [N] each."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    return float(normalized_mutual_info_score(people, labels)), float(adjusted_rand_score(people, labels))
+
+
 def _with_diagonal(distances: csr_array) -> csr_array:
     """Every diagonal entry stored: scikit-learn takes one that is missing for a 0, and here it is a distance beyond the cut."""
     row = np.repeat(np.arange(distances.shape[0]), np.diff(distances.indptr))

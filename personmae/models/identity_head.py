@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personmae.configs import UserError
+from personmae.models.reid import ReidConfig, ReidEncoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +22,13 @@ class IdentityHeadConfig:
     """Shape of a head."""
 
     widths: tuple[int, ...]  # channels of each feature
-    num_people: int
+    num_people: int  # 0: a neck alone, without classifiers
     neck: Literal["bn", "none"] = "bn"
     ghost_size: int | None = None  # samples that are normalised together in training; None: the whole batch
 
     def __post_init__(self) -> None:
-        if self.num_people < 1:
-            raise UserError(f"num_people is {self.num_people}; a classifier needs at least 1 person")
+        if self.num_people < 0:
+            raise UserError(f"num_people is {self.num_people}; it is a number of people, or 0 for a neck without classifiers")
         if self.ghost_size is not None and self.ghost_size < 2:
             raise UserError(f"ghost_size is {self.ghost_size}; the variance of a group needs at least 2 samples")
 
@@ -66,7 +67,7 @@ class GhostBatchNorm(nn.BatchNorm1d):
 class HeadOutputs(NamedTuple):
     """What the head gives, for each feature."""
 
-    logits: tuple[Tensor, ...]  # float32 [B, num_people]
+    logits: tuple[Tensor, ...]  # float32 [B, num_people]; none without classifiers
     necked: tuple[Tensor, ...]  # float32 [B, D_i], the features after the neck
 
 
@@ -79,7 +80,7 @@ class IdentityHead(nn.Module):
         self.config = config
         generator = torch.Generator().manual_seed(seed)
         self.necks = nn.ModuleList(self._make_neck(width) for width in config.widths)
-        classifiers = [nn.Linear(width, config.num_people, bias=False) for width in config.widths]
+        classifiers = [nn.Linear(width, config.num_people, bias=False) for width in config.widths if config.num_people]
         for classifier in classifiers:
             nn.init.normal_(classifier.weight, std=0.001, generator=generator)
         self.classifiers = nn.ModuleList(classifiers)
@@ -95,4 +96,28 @@ class IdentityHead(nn.Module):
         """features: float [B, D_i], as many as there are widths. Raises ValueError for another number of them."""
         with torch.autocast(features[0].device.type, enabled=False):
             necked = tuple(neck(feature.float()) for neck, feature in zip(self.necks, features, strict=True))
-            return HeadOutputs(tuple(classify(own) for classify, own in zip(self.classifiers, necked, strict=True)), necked)
+            logits = tuple(classify(own) for classify, own in zip(self.classifiers, necked, strict=True)) if self.config.num_people else ()
+            return HeadOutputs(logits, necked)
+
+
+class NeckedEncoder(nn.Module):
+    """A model that is compared after its neck, as clustering does: in place of a ReidEncoder where one is scored."""
+
+    def __init__(self, encoder: ReidEncoder, head: IdentityHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    @property
+    def config(self) -> ReidConfig:
+        """Of the encoder."""
+        return self.encoder.config
+
+    @property
+    def num_cameras(self) -> int:
+        """Of the encoder's embeddings."""
+        return self.encoder.num_cameras
+
+    def describe(self, images: Tensor, cameras: Tensor | None = None) -> dict[str, Tensor]:
+        """As `ReidEncoder.describe`, each feature after its neck and at unit length."""
+        necked = self.head(self.encoder(images, cameras)).necked
+        return {"feature": torch.cat([F.normalize(feature, dim=1) for feature in necked], dim=1)}

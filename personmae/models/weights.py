@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from personmae.configs import UserError, from_plain, to_plain
-from personmae.models.identity_head import IdentityHead, IdentityHeadConfig
+from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder
 from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.vit import VisionTransformer, VitConfig
 
 ENCODER, REID = "personmae", "personmae-reid"  # names of the header's entry
+AFTER_NECK = "after-neck"  # name of a note: the features that are compared are those after the neck
 
 
 def save_encoder(path: Path, encoder: VisionTransformer, notes: Mapping[str, str]) -> None:
@@ -48,6 +49,11 @@ class ReidModel(NamedTuple):
     encoder: ReidEncoder
     head: IdentityHead | None
     notes: dict[str, str]  # of `save_reid`
+
+    @property
+    def scored(self) -> ReidEncoder | NeckedEncoder:
+        """What is compared at the test: the encoder, or what was trained by its features after the neck (see `AFTER_NECK`) with that neck."""
+        return NeckedEncoder(self.encoder, self.head).eval() if self.head is not None and AFTER_NECK in self.notes else self.encoder
 
 
 def is_reid_file(path: Path) -> bool:

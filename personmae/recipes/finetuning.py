@@ -30,31 +30,25 @@ RANDOM = "random:"  # before the name of an encoder: from nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """A supervised fine-tuning run."""
+class TrainConfig:
+    """What all runs on labelled sets share."""
 
     preset: Annotated[str, tyro.conf.Suppress] = "custom"  # the recipe's name, for messages and the report
     run_dir: Path = Path("runs/finetune")  # folder that the run writes: config, metrics, checkpoints, weights, report
-    data: str | None = None  # the labelled set: NAME=FOLDER as market1501=/data/market (names: `personmae data names`), or a folder or CSV alone
+    data: str | None = None  # the set: NAME=FOLDER as market1501=/data/market (names: `personmae data names`), or a folder or CSV alone
     split: int = 0  # of a set that has several
     test: tuple[str, ...] = ()  # sets whose query and gallery are scored at the end; by default those of the training set
     # The weights to begin with: a run folder, an encoder.safetensors, a file of another project, timm:NAME, or random:ENCODER as random:vit-small.
     init: str | None = None
     foreign: ForeignWeights = ForeignWeights()
     model: ReidConfig = ReidConfig()
-    loss: LossConfig = LossConfig()
     views: ViewConfig = ViewConfig()
     occlusion: OcclusionConfig = OcclusionConfig()
-    num_people: int = 16  # P of a batch, over all processes and accumulation
+    num_people: int = 16  # P of a batch (people, or clusters), over all processes and accumulation
     images_each: int = 4  # K of each
-    cross_camera: bool = False  # the K images of a person from as many cameras as there are
+    cross_camera: bool = False  # the K images from as many cameras as there are
     accumulation: int = 1  # micro-batches in a step of each process; pairs and batch statistics stay those of the whole batch
     optimiser: FinetuneOptimiserConfig = FinetuneOptimiserConfig()
-    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig()
-    ema: float = 0.0  # momentum of an average of the weights, as 0.999, which is then what is scored and written; 0: none
-    # The epoch whose weights are kept as the best: by mAP on held-out people, who are then not trained on; by the test sets; or none.
-    best_by: Literal["no", "held-out", "test"] = "no"
-    hold_out: float = 0.1  # share of the training people, with best_by held-out
     evaluate_every: int = 10  # epochs, where there is a best to be found
     seed: int = 0
     loader: LoaderConfig = LoaderConfig()
@@ -75,10 +69,6 @@ class FinetuneConfig:
         require_positive(self, "accumulation", "evaluate_every", "log_every", "checkpoint_every", "keep_last")
         if not 0 <= self.checkpoint_minutes < math.inf:
             raise UserError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be a number of minutes, or 0")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema is {self.ema}; it is a momentum below 1, or 0 for no average")
-        if self.best_by == "held-out" and not 0 < self.hold_out < 1:
-            raise UserError(f"hold_out is {self.hold_out}; it is a share of the training people, between 0 and 1")
         if self.views.pad_px >= min(self.model.image_size):
             raise UserError(f"views.pad_px is {self.views.pad_px}, as much as the image ({self.model.image_size}); set less")
         if self.accumulation > 1 and self.model.parts == "lem":
@@ -88,6 +78,25 @@ class FinetuneConfig:
     def batch_size(self) -> int:
         """Images of a step."""
         return self.num_people * self.images_each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """A supervised fine-tuning run."""
+
+    loss: LossConfig = LossConfig()
+    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig()
+    ema: float = 0.0  # momentum of an average of the weights, as 0.999, which is then what is scored and written; 0: none
+    # The epoch whose weights are kept as the best: by mAP on held-out people, who are then not trained on; by the test sets; or none.
+    best_by: Literal["no", "held-out", "test"] = "no"
+    hold_out: float = 0.1  # share of the training people, with best_by held-out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema is {self.ema}; it is a momentum below 1, or 0 for no average")
+        if self.best_by == "held-out" and not 0 < self.hold_out < 1:
+            raise UserError(f"hold_out is {self.hold_out}; it is a share of the training people, between 0 and 1")
 
 
 # Settings of a run that may change when it is continued: they change where and how fast it runs, or what is reported, not what is learned.

@@ -6,45 +6,38 @@ report as in pre-training. The last epoch's weights are scored on the test sets,
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from personmae.configs import UserError, to_plain
 from personmae.data.identity_plan import IdentityPlan
 from personmae.data.labelled import LabelledImages, TrainingSets, hold_out, open_labelled
-from personmae.data.loaders import RegionBatch, open_loader
+from personmae.data.loaders import open_loader
 from personmae.data.reid.sets import ReidSet
-from personmae.interop.initial_weights import load_initial
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.identity_head import IdentityHead, IdentityHeadConfig
 from personmae.models.reid import ReidEncoder
-from personmae.models.vit import VisionTransformer, initialise
-from personmae.models.zoo import ENCODERS
-from personmae.recipes.finetuning import FREE_SETTINGS, RANDOM, FinetuneConfig
+from personmae.models.vit import VisionTransformer
+from personmae.recipes.finetuning import FREE_SETTINGS, FinetuneConfig
 from personmae.tasks.finetuning_results import finish, mean_average_precision
 from personmae.tasks.model_scores import camera_notes
+from personmae.tasks.model_setup import copy_buffers, initial_encoder, place_model, silence, to_micro
 from personmae.tasks.retrieval import count_warnings, open_sets
 from personmae.training.best_epoch import BestEpoch
-from personmae.training.blocks import choose_compilation, set_blocks
 from personmae.training.checkpoint_writer import CheckpointWriter
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import describe_environment
 from personmae.training.finetuning_optimisers import build_finetuning_optimiser
-from personmae.training.identity_step import MicroBatch, identity_gradients
+from personmae.training.identity_step import identity_gradients
 from personmae.training.logbook import Logbook, check_run_dir
-from personmae.training.occlusions import cover, draw_occlusions, noise, others
 from personmae.training.optimisers import update_weights
 from personmae.training.precision import check_finite, make_deterministic
 from personmae.training.processes import Processes, StopSignal, start_processes
 from personmae.training.quarantine import Quarantine
 from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights, state_bytes
 from personmae.training.schedules import finetuning_rate
-from personmae_kernels.launching import describe_operators, use_operators
 
 
 def main(config: FinetuneConfig) -> int:
@@ -227,71 +220,11 @@ def judges(sets: TrainingSets, config: FinetuneConfig) -> list[ReidSet]:
     return [reid_set for _, reid_set in sets.tests]
 
 
-def initial_encoder(config: FinetuneConfig) -> tuple[VisionTransformer, str]:
-    """The encoder to begin with, and what became of each key of its file, in words."""
-    assert config.init is not None
-    if config.init.startswith(RANDOM):
-        name = config.init.removeprefix(RANDOM)
-        if name not in ENCODERS:
-            raise UserError(f"there is no encoder {name!r} to begin from nothing; there are {', '.join(ENCODERS)}")
-        encoder = VisionTransformer(replace(ENCODERS[name], image_size=config.model.image_size))
-        initialise(encoder, torch.Generator().manual_seed(config.seed))
-        return encoder, f"none, {name} from nothing (seed {config.seed})"
-    foreign = config.foreign
-    found = load_initial(
-        Path(config.init) if Path(config.init).exists() else config.init,
-        foreign.part,
-        image_size=config.model.image_size,
-        grid=foreign.grid,
-        resize=config.model.position_resizing,
-        num_heads=foreign.num_heads,
-        normalisation=foreign.normalisation,
-    )
-    return found.encoder, f"{config.init}: {found.report}"
-
-
 def build_model(config: FinetuneConfig, initial: VisionTransformer, train: LabelledImages) -> tuple[ReidEncoder, IdentityHead]:
     """Encoder and head, what is new in them drawn from the seed, on the CPU."""
     encoder = ReidEncoder(initial, config.model, train.num_cameras, seed=config.seed)
     head = IdentityHead(IdentityHeadConfig(widths=encoder.widths, num_people=train.num_people, neck=config.model.neck), seed=config.seed)
     return encoder, head
-
-
-def place_model(model: nn.Module, encoder: ReidEncoder, config: FinetuneConfig, device: torch.device, precision: str) -> str:
-    """Puts it on the device, with the attention, operators and compilation that serve there; returns what was chosen, and why."""
-    attention = choose_attention(config.attention, device, precision, config.deterministic)
-    use_operators(None if config.operators == "auto" else config.operators)
-    model.to(device)
-    set_attention(model, attention, encoder.num_tokens)
-    compilation = choose_compilation(config.compile, device)
-    set_blocks(model, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
-    operators = describe_operators(device)
-    return f"attention: {attention.kind} ({attention.reason}); operators: {operators}; blocks: {compilation}"
-
-
-def to_micro(
-    batch: RegionBatch, micro: int, encoder: ReidEncoder, train: LabelledImages, config: FinetuneConfig, processes: Processes
-) -> MicroBatch:
-    """A loader's batch as the encoder takes it: occluded, with cameras and the draws of stochastic depth."""
-    device, samples = processes.device, batch.samples.numpy()
-    # An image may stand twice in a batch: places do not.
-    first = (batch.step * config.accumulation + micro) * processes.world_size + processes.rank
-    places = first * len(batch) + np.arange(len(batch))
-    images = batch.region_a.to(device, non_blocking=True)
-    if config.occlusion.prob > 0:
-        boxes = torch.from_numpy(draw_occlusions(config.occlusion, config.model.image_size, config.seed, batch.epoch, places))
-        vit = encoder.encoder.config
-        filling = others(images, config.images_each) if config.occlusion.fill == "others" else noise(images, vit.mean, vit.std, config.seed + first)
-        images = cover(images, boxes.to(device, non_blocking=True), filling)
-    cameras = torch.from_numpy(train.cameras[samples]).to(device, non_blocking=True) if encoder.num_cameras else None
-    drop_paths = encoder.draw_drop_paths(config.seed, batch.epoch, places)
-    return MicroBatch(images, cameras, None if drop_paths is None else drop_paths.to(device, non_blocking=True))
-
-
-def copy_buffers(target: nn.Module, source: nn.Module) -> None:
-    """The running statistics, which an average of weights has no own ones of."""
-    for own, theirs in zip(target.buffers(), source.buffers(), strict=True):
-        own.copy_(theirs)
 
 
 def describe_run(config: FinetuneConfig, sets: TrainingSets, total: int, processes: Processes) -> dict[str, Any]:
@@ -301,5 +234,3 @@ def describe_run(config: FinetuneConfig, sets: TrainingSets, total: int, process
     return {**to_plain(config), "started": {**describe_environment(), "machine": processes.description, **numbers, "steps": total}}
 
 
-def silence(text: str) -> None:
-    """What processes other than the main one say."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from personmae.evaluation.protocol import Evaluation, ScoringConfig
 from personmae.models.identity_head import IdentityHead
 from personmae.models.reid import ReidEncoder, plain_encoder
 from personmae.models.weights import load_reid, save_encoder, save_reid
-from personmae.recipes.finetuning import FinetuneConfig
-from personmae.tasks.model_scores import camera_notes, cameras_known, evaluate_model
+from personmae.recipes.finetuning import TrainConfig
+from personmae.tasks.model_scores import Scored, camera_notes, cameras_known, evaluate_model
 from personmae.tasks.retrieval import LAST_FILE
 from personmae.tasks.retrieval_results import draw_ranked_lists, write_evaluations, write_score_files
 from personmae.training.best_epoch import BestEpoch
@@ -30,7 +31,7 @@ QUICK = ScoringConfig(bootstrap=None)
 
 
 def score_model(
-    model: ReidEncoder, reid_set: ReidSet, notes: Mapping[str, str], config: FinetuneConfig, device: torch.device, scoring: ScoringConfig, say: Say
+    model: Scored, reid_set: ReidSet, notes: Mapping[str, str], config: TrainConfig, device: torch.device, scoring: ScoringConfig, say: Say
 ) -> Evaluation:
     """Features and scores of a run's model. notes: what `camera_notes` says of the training set."""
     return evaluate_model(
@@ -46,15 +47,17 @@ def score_model(
     )
 
 
-def mean_average_precision(model: ReidEncoder, chosen: Sequence[ReidSet], sets: TrainingSets, config: FinetuneConfig, device: torch.device) -> float:
+def mean_average_precision(model: Scored, chosen: Sequence[ReidSet], sets: TrainingSets, config: TrainConfig, device: torch.device) -> float:
     """The mean over the chosen sets of the model's mAP, by which the best epoch is found."""
     found = [score_model(model, reid_set, camera_notes(sets), config, device, QUICK, _silence) for reid_set in chosen]
     return float(np.mean([evaluation.scores[evaluation.headline].mAP for evaluation in found]))
 
 
-def write_weights(config: FinetuneConfig, encoder: ReidEncoder, head: IdentityHead, sets: TrainingSets, step: int) -> Path:
-    """reid.safetensors of the run, and encoder.safetensors where the encoder by itself is one of timm's terms; returns the first."""
-    notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step), **camera_notes(sets)}
+def write_weights(
+    config: TrainConfig, encoder: ReidEncoder, head: IdentityHead, sets: TrainingSets, step: int, more: Mapping[str, str]
+) -> Path:
+    """reid.safetensors of the run, and encoder.safetensors where the encoder by itself is one of timm's terms; returns the first. more: notes."""
+    notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step), **camera_notes(sets), **more}
     path = config.run_dir / LAST_FILE
     with explained_write(config.run_dir):
         save_reid(path, encoder, head, notes)
@@ -65,8 +68,8 @@ def write_weights(config: FinetuneConfig, encoder: ReidEncoder, head: IdentityHe
 
 
 def score_run(
-    config: FinetuneConfig,
-    candidates: dict[str, ReidEncoder],
+    config: TrainConfig,
+    candidates: dict[str, Scored],
     sets: TrainingSets,
     device: torch.device,
     say: Say,
@@ -102,27 +105,30 @@ def score_run(
 
 
 def finish(
-    config: FinetuneConfig,
+    config: TrainConfig,
     encoder: ReidEncoder,
     head: IdentityHead,
-    start: ReidEncoder,
+    start: Scored,
     best: BestEpoch,
     sets: TrainingSets,
     device: torch.device,
     step: int,
     total: int,
     say: Say,
+    scored: Scored | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Write weights, scores and report; returns the sentence that says how the run ended. start: the model as the run began."""
-    path = write_weights(config, encoder, head, sets, step)
+    """Write weights, scores and report; returns the sentence that says how the run ended. start: the model as the run began. scored: what is scored
+    of the model; None: the encoder. more: notes for the file of the weights."""
+    path = write_weights(config, encoder, head, sets, step, more)
     if step < total:
         write_report(config.run_dir)
         return f"stopped at step {step} of {total}; the same command continues from there"
-    candidates = {START: start, LAST: encoder}
+    candidates: dict[str, Scored] = {START: start, LAST: scored or encoder}
     notes = []
     if best.score is not None:
-        candidates[f"best epoch ({best.epoch})"] = load_reid(best.path).encoder
-        of = "held-out training people" if config.best_by == "held-out" else "the test sets themselves: a score to compare, not to report"
+        candidates[f"best epoch ({best.epoch})"] = load_reid(best.path).scored
+        of = "held-out training people" if sets.held_out is not None else "the test sets themselves: a score to compare, not to report"
         notes.append(f"The best epoch is the one with the highest mAP ({best.score:.2%}) on {of}.")
     score_run(config, candidates, sets, device, say, notes)
     return f"done: {path}, report {write_report(config.run_dir)}"

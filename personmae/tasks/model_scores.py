@@ -17,11 +17,14 @@ from personmae.data.reid.sets import ReidSet
 from personmae.evaluation.features import FeatureArray, extract_features
 from personmae.evaluation.inputs import labels_of_set
 from personmae.evaluation.protocol import Evaluation, ScoringConfig, evaluate, score_variants
+from personmae.models.identity_head import NeckedEncoder
 from personmae.models.reid import ReidEncoder
+
+Scored = ReidEncoder | NeckedEncoder
 
 
 def evaluate_model(
-    model: ReidEncoder, reid_set: ReidSet, cameras: Mapping[int, int], *, scoring: ScoringConfig, announce: Callable[[str], object], **options: Any
+    model: Scored, reid_set: ReidSet, cameras: Mapping[int, int], *, scoring: ScoringConfig, announce: Callable[[str], object], **options: Any
 ) -> Evaluation:
     """Features and scores of a model, in eval mode, in which it is left. cameras: the set's cameras -> numbers of the training set's; others get the
     mean of the embeddings; ignored by models without them. options: those of `evaluate`. Raises UserError if an image cannot be read."""
@@ -39,7 +42,7 @@ def evaluate_model(
 
 
 def _extract_by_camera(
-    model: ReidEncoder, images: Sequence[PersonImage], cameras: Mapping[int, int], options: dict[str, Any]
+    model: Scored, images: Sequence[PersonImage], cameras: Mapping[int, int], options: dict[str, Any]
 ) -> dict[str, FeatureArray]:
     """The features of a model with camera embeddings: the images of one camera after the other's, put back into their order."""
     names = np.array([image.camera for image in images])
@@ -52,7 +55,7 @@ def _extract_by_camera(
     return features
 
 
-def _describe_of_camera(model: ReidEncoder, camera: int, images: Tensor) -> dict[str, Tensor]:
+def _describe_of_camera(model: Scored, camera: int, images: Tensor) -> dict[str, Tensor]:
     return model.describe(images, torch.full((len(images),), camera, device=images.device))
 
 

@@ -222,7 +222,7 @@ def score_tuned(
         for note in [*reid_set.notes, *count_warnings(reid_set)]:
             say(f"  {note}")
         found = evaluate_model(
-            model.encoder.to(device),
+            model.scored.to(device),
             reid_set,
             cameras_known(model.notes, reid_set),
             metrics=(scoring.metric or scoring.convention.metric,),

@@ -8,8 +8,8 @@ Learning Batch Size under Memory Limited Setup", 2021): twice the forward passes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from personmae.models.identity_head import IdentityHead
 from personmae.models.reid import ReidEncoder
 from personmae.training.identity_losses import LossConfig, Losses, identity_loss
 from personmae.training.precision import autocast
+
+Result = TypeVar("Result")
 
 
 class MicroBatch(NamedTuple):
@@ -40,20 +42,40 @@ def identity_gradients(
     rank: int = 0,
     world_size: int = 1,
 ) -> Losses:
-    """Puts the gradients of a step into the parameters, in every process the same, and returns the losses of the whole batch.
+    """Puts the gradients of a supervised step into the parameters, and returns the losses of the whole batch. labels: int64 [P * K], of the whole
+    batch in the plan's order, on the device. The rest as in `whole_batch_gradients`."""
 
-    parts: the micro-batches of this process, of equal size, in their order; micro-batch m of rank r is part m * world_size + r of the batch. labels:
-    int64 [P * K], of the whole batch in the plan's order, on the device. Gradients must be none before. precision: "fp32" or "bf16" (autocast).
+    def compute(features: tuple[Tensor, ...]) -> tuple[Tensor, Losses]:
+        losses = identity_loss(head(features), features, labels, config)
+        return losses.total, losses._replace(total=losses.total.detach())
+
+    return whole_batch_gradients(encoder, head, parts, compute, precision=precision, rank=rank, world_size=world_size)
+
+
+def whole_batch_gradients(
+    encoder: ReidEncoder,
+    head: IdentityHead,
+    parts: Sequence[MicroBatch],
+    compute: Callable[[tuple[Tensor, ...]], tuple[Tensor, Result]],
+    *,
+    precision: str,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Result:
+    """Puts the gradients of a step into the parameters of encoder and head, in every process the same.
+
+    parts: the micro-batches of this process, of equal size, in their order; micro-batch m of rank r is part m * world_size + r of the batch. compute:
+    from the features of the whole batch in the plan's order, float32 [P * K, D_i] each, the loss [] and what is returned. Gradients must be none
+    before. precision: "fp32" or "bf16" (autocast).
     """
-    device = labels.device
+    device = parts[0].images.device
     with torch.set_grad_enabled(len(parts) == 1), autocast(device, precision):
         joined = [torch.cat(encoder(*part), dim=1) for part in parts]
     own = torch.stack([features.detach() for features in joined])  # [micro, B, sum of widths]
     whole = _whole(own, world_size)  # [micro, rank, B, sum of widths]
     leaf = whole.flatten(0, 2).requires_grad_()
-    features = leaf.split(list(encoder.widths), dim=1)
-    losses = identity_loss(head(features), features, labels, config)
-    losses.total.backward()
+    total, result = compute(leaf.split(list(encoder.widths), dim=1))
+    total.backward()
     assert leaf.grad is not None
     gradients = leaf.grad.view_as(whole)[:, rank]
     if len(parts) == 1:
@@ -67,7 +89,7 @@ def identity_gradients(
         _sum_gradients(encoder, 1.0)
         # Equal already but for what the devices' arithmetic may differ by: this keeps the copies from drifting apart.
         _sum_gradients(head, 1.0 / world_size)
-    return losses._replace(total=losses.total.detach())
+    return result
 
 
 def _whole(own: Tensor, world_size: int) -> Tensor:

@@ -73,6 +73,31 @@ class FinetuneScheduleConfig:
                 raise UserError(f"schedule.{name} is {getattr(self, name)}; it must lie between 0 and 1")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepScheduleConfig:
+    """Course of the learning rate of unsupervised training: Cluster Contrast's."""
+
+    epochs: int = 50
+    warmup_epochs: int = 0  # in which the rate rises linearly from a tenth
+    decay_every: int = 20  # epochs, after which the rate is multiplied by decay
+    decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.decay_every < 1 or not 0 <= self.warmup_epochs <= self.epochs:
+            raise UserError(
+                f"schedule.epochs is {self.epochs}, decay_every {self.decay_every}, warmup_epochs {self.warmup_epochs}; "
+                "the first two are at least 1, and the last at most epochs"
+            )
+        if not 0 < self.decay <= 1:
+            raise UserError(f"schedule.decay is {self.decay}; it is a factor above 0, at most 1")
+
+
+def stepwise_rate(epoch: int, peak: float, config: StepScheduleConfig) -> float:
+    """The learning rate of an epoch (from 0)."""
+    warmup = 0.1 + 0.9 * epoch / config.warmup_epochs if epoch < config.warmup_epochs else 1.0
+    return peak * warmup * config.decay ** (epoch // config.decay_every)
+
+
 # MALE's: 5 epochs from 0, then half a cosine to 0.
 MALE_SCHEDULE = FinetuneScheduleConfig(epochs=100, warmup_epochs=5, warmup_start=0.0, final_ratio=0.0, by="step", cosine_from="warmup")
 

@@ -69,6 +69,8 @@ PANELS = (
     ),
     Panel("Losses by kind", "loss", (Series("loss_id", "identity"), Series("loss_triplet", "triplet"))),
     Panel("Accuracy of the classifier", "% of the batch", (Series("accuracy", "accuracy", 100),)),
+    Panel("Clusters", "clusters", (Series("clusters", "clusters"),), smooth=False),
+    Panel("Outliers", "% of the images", (Series("outlier_ratio", "outliers", 100),), smooth=False),
     Panel("Distances of the hardest pairs", "distance", (Series("distance_positive", "same person"), Series("distance_negative", "another"))),
     Panel("Score by which the best epoch is chosen", "mAP in %", (Series("judged_map", "mAP", 100),), smooth=False),
     Panel("Pixel loss by kind of patch", "loss", _split("loss_pixels", "mean_patch_loss")),

@@ -88,6 +88,7 @@ def write_report(run_dir: Path) -> Path:
         ("run", "What was run", _summary(config, config_problem, metrics)),
         ("curves", "Curves", _curves(metrics)),
         ("reconstructions", "Reconstructions", _reconstructions(run_dir, config)),
+        ("clusters", "Clusters", _clusters(run_dir)),
         ("ranked-lists", "Ranked lists", _ranked_lists(run_dir, evaluations)),
         ("notes", "Notes", _notes(evaluations)),
         ("environment", "Versions and machine", _environment(config)),
@@ -219,6 +220,33 @@ def _reconstructions(run_dir: Path, config: Any) -> str:
         figures.append(figure(path, f"Step {step:,}", description, wide=not figures))
     earlier = f'<div class="earlier">{"".join(figures[1:])}</div>' if figures[1:] else ""
     return f'<p class="small">{note}</p>{figures[0]}{earlier}'
+
+
+def _clusters(run_dir: Path) -> str:
+    """What an unsupervised run found: the table of each epoch, the sheets of the first and the last, and what other eps would have given."""
+    path = run_dir / "clusters.jsonl"
+    if not path.is_file():
+        return ""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        return missing(f"{path.name} could not be read: {error}.")
+    names = ("epoch", "eps", "clusters", "outliers", "nmi", "ari", "purity", "clustered")
+    head = "".join(f'<th scope="col" class="number">{name}</th>' for name in names)
+    cells = ("".join(f'<td class="number">{_short(row.get(name))}</td>' for name in names) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    note = "Clusters at the start of each epoch. NMI, ARI and purity compare them with the set's labels, which the training does not use."
+    table = f'<div class="scroll"><table><caption>{note}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    sheets = sorted((run_dir / "pictures").glob("clusters_*.png"))
+    shown = [sheets[-1], sheets[0]] if len(sheets) > 1 else sheets
+    figures = [figure(sheet, f"Epoch {int(sheet.stem[9:])}", "A row for each of some clusters; images of others in vermilion") for sheet in shown]
+    eps = run_dir / "eps.txt"
+    others = f"<details><summary>Other eps, before the first epoch</summary><pre>{text(eps.read_text())}</pre></details>" if eps.is_file() else ""
+    return table + "".join(figures) + others
+
+
+def _short(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if is_number(value) else "&ndash;"
 
 
 def _ranked_lists(run_dir: Path, evaluations: Sequence[Any]) -> str:

@@ -1,0 +1,340 @@
+"""Unsupervised training on clusters, which usl and uda share: Cluster Contrast (Dai et al., ACCV 2022).
+
+At the start of each epoch the features of all images are clustered; then come steps of P clusters with K images each, whose features are told
+apart by the memory of cluster means, which follows them. Labels of the set say how good the clusters are, and train nothing. Plan, loaders,
+log, checkpoints and report are those of the other tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personmae.configs import UserError, to_plain
+from personmae.data.identity_plan import IdentityPlan
+from personmae.data.labelled import LabelledImages, TrainingSets, open_labelled
+from personmae.data.loaders import open_loader
+from personmae.evaluation.clustering import Clusters
+from personmae.evaluation.features import extract_features
+from personmae.evaluation.pseudo_labels import advice, eps_around, eps_table, find_clusters, find_each, label_quality
+from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder
+from personmae.models.reid import ReidEncoder
+from personmae.models.vit import VisionTransformer
+from personmae.models.weights import AFTER_NECK
+from personmae.recipes.unsupervised import FREE_SETTINGS, UnsupervisedConfig
+from personmae.tasks.finetuning_results import finish, mean_average_precision
+from personmae.tasks.model_scores import camera_notes
+from personmae.tasks.model_setup import initial_encoder, place_model, silence, to_micro
+from personmae.tasks.retrieval import count_warnings, open_sets
+from personmae.training.best_epoch import BestEpoch
+from personmae.training.checkpoint_writer import CheckpointWriter
+from personmae.training.cluster_memory import ClusterMemory, cluster_means
+from personmae.training.environment import describe_environment
+from personmae.training.finetuning_optimisers import build_finetuning_optimiser
+from personmae.training.identity_step import whole_batch_gradients
+from personmae.training.logbook import Logbook, check_run_dir, explained_write, write_whole
+from personmae.training.optimisers import update_weights
+from personmae.training.precision import check_finite, make_deterministic
+from personmae.training.processes import Processes, StopSignal, start_processes
+from personmae.training.quarantine import Quarantine
+from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights, state_bytes
+from personmae.training.schedules import stepwise_rate
+from personmae.visuals.cluster_sheets import cluster_sheet
+
+Say = Callable[[str], object]
+
+
+def main(config: UnsupervisedConfig) -> int:
+    """Run or continue a run; returns the number of steps done, fewer than planned if it was asked to stop.
+
+    Writes the run folder as `personmae train holistic` does, and clusters.jsonl (each epoch's clusters and their quality), eps.txt (what other eps
+    would have given at the start) and pictures of clusters. Raises UserError for what the user can mend, as an eps that finds no clusters.
+    """
+    with start_processes(config.device) as processes:
+        device = processes.device
+        if config.deterministic:
+            make_deterministic(device)
+        sets = processes.from_main(lambda: open_target(config))
+        train, checkpoints = sets.train, config.run_dir / "checkpoints"
+        with processes.main_first():
+            if config.num_people % (processes.world_size * config.accumulation):
+                raise UserError(f"{config.num_people} clusters cannot be shared among {processes.world_size * config.accumulation} parts of a batch")
+            say = print if processes.is_main else silence
+            allowed, digest = config.resume == "auto", sets.digest()
+            saved = load_to_resume(checkpoints, config, FREE_SETTINGS, digest, config.data or "", say, allowed=allowed)
+            initial, origin = initial_encoder(config)
+        first = saved.step if saved else 0
+        processes.check_same_step(first)
+        total = config.schedule.epochs * config.steps_per_epoch
+        logbook = Logbook(
+            config.run_dir,
+            num_steps=total,
+            images_per_step=config.batch_size,
+            log_every=config.log_every,
+            resume_step=first,
+            config=describe_run(config, sets, total, processes) if processes.is_main else None,
+            is_main=processes.is_main,
+            device=device,
+        )
+        with logbook:
+            logbook.announce(f"{config.preset}: {total} steps ({config.schedule.epochs} epochs) on {processes.description}")
+            logbook.announce(f"training without labels: {train.describe()}")
+            logbook.announce(f"initial weights: {origin}")
+            precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+            encoder, neck = build_model(config, initial, train)
+            model = nn.ModuleDict({"encoder": encoder, "head": neck})
+            scored = NeckedEncoder(encoder, neck)
+            logbook.announce(f"precision: {precision}; {place_model(model, encoder, config, device, precision)}")
+            if saved:
+                restore_weights(saved, config.preset, model, None)
+            optimiser = build_finetuning_optimiser(encoder, neck, config.optimiser)
+            best = BestEpoch(config.run_dir / "best.safetensors")
+            labels, memory = None, None
+            if saved:
+                restore_moments(saved, config.preset, optimiser)
+                best.restore(saved.state["best"])
+                if saved.state["labels"] is not None:
+                    labels = saved.state["labels"].numpy()
+                    memory = ClusterMemory(saved.state["memory"], config.memory).to(device)
+                logbook.announce(f"continuing {saved.path} at step {first} of {total}")
+                del saved
+            quarantine = Quarantine(
+                config.run_dir, len(train.index), config.loader.max_bad_ratio, processes.is_main, logbook.announce, resume_step=first
+            )
+            writer = CheckpointWriter(checkpoints, config.keep_last, logbook.announce)
+            if processes.is_main:
+                writer.reserve(state_bytes(model, None), device)
+            step, stopped = first, False
+            with StopSignal(processes) as stop, writer:
+                while step < total and not stopped:
+                    epoch = step // config.steps_per_epoch
+                    end = (epoch + 1) * config.steps_per_epoch
+                    if labels is None or memory is None:
+                        features = extract_all(scored, train, config, processes)
+                        make = functools.partial(cluster_images, features, epoch, train, config, logbook.announce)
+                        labels = processes.from_main(make).labels
+                        memory = ClusterMemory(cluster_means(features, labels), config.memory).to(device)
+                    clustered = replace(train, labels=labels, people=np.arange(labels.max() + 1))
+                    plan = IdentityPlan(
+                        clustered,
+                        config.num_people,
+                        config.images_each,
+                        config.seed,
+                        config.views,
+                        cross_camera=config.cross_camera,
+                        steps=config.steps_per_epoch,
+                    )
+                    rate = stepwise_rate(epoch, config.optimiser.learning_rate, config.schedule)
+                    loader = open_loader(
+                        train.index,
+                        plan,
+                        config.loader,
+                        size=config.model.image_size,
+                        device=device,
+                        first_step=step,
+                        last_step=end,
+                        rank=processes.rank,
+                        world_size=processes.world_size,
+                        local_world_size=processes.local_world_size,
+                        accumulation=config.accumulation,
+                        announce=logbook.announce,
+                    )
+                    told = 0
+                    model.train()
+                    with loader:
+                        batches = iter(loader)
+                        logbook.start_clock(step, loader.wait_seconds)
+                        while step < end and not stopped:
+                            parts = [to_micro(next(batches), micro, encoder, train, config, processes) for micro in range(config.accumulation)]
+                            # By the plan: what replaces an unreadable image is of the same cluster.
+                            wanted = labels[plan.step_samples(step)]
+                            compute = contrast(neck, memory, torch.from_numpy(wanted).to(device, non_blocking=True))
+                            loss, accuracy, normed = whole_batch_gradients(
+                                encoder, neck, parts, compute, precision=precision, rank=processes.rank, world_size=processes.world_size
+                            )
+                            norm = update_weights(optimiser, model, None, rate, 0.0, config.optimiser.clip_norm)
+                            memory.update(normed, wanted)
+                            step += 1
+                            if writer.failed:
+                                stop.ask()
+                            stopped = stop.requested()
+                            ended = step == end
+                            latest: dict[str, Tensor | float] = {
+                                "epoch": step / config.steps_per_epoch,
+                                "learning_rate": rate,
+                                "quarantined_images": float(len(quarantine)),
+                                "clusters": float(labels.max() + 1),
+                                "outlier_ratio": float((labels < 0).mean()),
+                            }
+                            if ended and config.best_by == "test" and ((epoch + 1) % config.evaluate_every == 0 or step == total):
+                                judged = processes.from_main(
+                                    lambda: mean_average_precision(scored, [reid_set for _, reid_set in sets.tests], sets, config, device)
+                                )
+                                model.train()
+                                latest["judged_map"] = judged
+                                if best.is_better(judged, epoch + 1) and processes.is_main:
+                                    best.save(encoder, neck, {"run": str(config.run_dir), "by": "test", AFTER_NECK: "yes", **camera_notes(sets)})
+                            checkpoint_due = stopped or step == total or (ended and (epoch + 1) % config.checkpoint_every == 0)
+                            values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
+                            line = logbook.log(step, values, latest, wait_seconds=loader.wait_seconds, last=checkpoint_due or ended)
+                            if line:
+                                check_finite(line, step)
+                                overdue = 0 < 60 * config.checkpoint_minutes <= writer.seconds_since_save
+                                met = processes.all_gather((loader.quarantine[told:], overdue))
+                                told = len(loader.quarantine)
+                                quarantine.add(step, [entry for entries, _ in met for entry in entries])
+                                checkpoint_due |= met[0][1]
+                            if checkpoint_due:
+                                with processes.main_first():
+                                    if processes.is_main:
+                                        # In the middle of an epoch its clusters are part of the state; at its end they are found anew.
+                                        own = {
+                                            "best": best.state(),
+                                            "labels": None if ended else torch.from_numpy(labels),
+                                            "memory": None if ended else memory.vectors,
+                                        }
+                                        writer.save(step, {**checkpoint_state(config, digest, model, None, optimiser), **own})
+                                        if stopped or step == total:
+                                            writer.wait()
+                    if step == end:
+                        labels = memory = None
+            with processes.main_first():
+                if processes.is_main:
+                    start = NeckedEncoder(*build_model(config, initial, train)).eval()
+                    notes = {AFTER_NECK: "yes"}
+                    logbook.announce(finish(config, encoder, neck, start, best, sets, device, step, total, logbook.announce, scored, notes))
+            return step
+
+
+def contrast(neck: IdentityHead, memory: ClusterMemory, labels: Tensor) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]:
+    """The loss of a batch against the memory; with it: the loss [], the accuracy [] and the features float32 [B, D] that it saw."""
+
+    def compute(features: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        normed = F.normalize(neck(features).necked[0], dim=1)
+        loss, accuracy = memory(normed, labels)
+        return loss, (loss.detach(), accuracy, normed.detach())
+
+    return compute
+
+
+def open_target(config: UnsupervisedConfig) -> TrainingSets:
+    """The sets of a run. Raises UserError for what is no labelled set, or has no training part."""
+    check_run_dir(config.run_dir)
+    if config.data is None:
+        raise UserError("no set was given; add --data NAME=FOLDER, as --data market1501=/data/market (`personmae data names` lists them)")
+    if config.init is None:
+        raise UserError("no weights to begin with; add --init RUN (a run folder, a weights file or timm:NAME), or --init random:vit-small for none")
+    ((name, whole),) = open_sets([config.data], config.split)
+    print(whole.describe())
+    for note in [*whole.notes, *count_warnings(whole)]:
+        print(f"  {note}")
+    if not whole.train:
+        raise UserError(f"{name} has no training part: it is for testing alone; give it as --test, and another set as --data")
+    if config.model.camera_weight > 0 and not whole.has_cameras:
+        raise UserError(f"{name} does not tell its cameras, and --model.camera-weight needs them; set it to 0")
+    train = open_labelled(whole.train, config.run_dir / "train.txt", print)
+    if config.cross_camera and train.num_cameras < 2:
+        print("all training images are of one camera (or cameras are not told): a cluster's images are drawn without regard to cameras")
+    tests = open_sets(config.test, config.split) if config.test else [(name, whole)]
+    return TrainingSets(whole.name, train, None, tests)
+
+
+def build_model(config: UnsupervisedConfig, initial: VisionTransformer, train: LabelledImages) -> tuple[ReidEncoder, IdentityHead]:
+    """Encoder and neck, on the CPU."""
+    encoder = ReidEncoder(initial, config.model, train.num_cameras, seed=config.seed)
+    return encoder, IdentityHead(IdentityHeadConfig(widths=encoder.widths, num_people=0, neck=config.model.neck, ghost_size=config.ghost_size))
+
+
+def extract_all(model: NeckedEncoder, train: LabelledImages, config: UnsupervisedConfig, processes: Processes) -> npt.NDArray[np.float32]:
+    """The features of all training images after the neck, float32 [N, D], each process a share, in all of them."""
+    model.eval()
+    own = np.arange(processes.rank, len(train), processes.world_size)
+    options: dict[str, Any] = {
+        "size": config.model.image_size,
+        "batch_size": 128,
+        "num_threads": config.loader.num_threads or 2,
+        "device": processes.device,
+        "precision": config.precision,
+        "progress": False,
+    }
+    parts: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]] = []
+    if model.num_cameras:
+        for camera in np.unique(train.cameras[own]).tolist():
+            rows = own[train.cameras[own] == camera]
+
+            def describe(images: Tensor, camera: int = camera) -> dict[str, Tensor]:
+                return model.describe(images, torch.full((len(images),), camera, device=images.device))
+
+            parts.append((rows, extract_features(describe, paths_of(train, rows), **options)["feature"]))
+    elif len(own):
+        parts.append((own, extract_features(model.describe, paths_of(train, own), **options)["feature"]))
+    features: npt.NDArray[np.float32] | None = None
+    for gathered in processes.all_gather(parts):
+        for rows, values in gathered:
+            features = np.empty((len(train), values.shape[1]), dtype=np.float32) if features is None else features
+            features[rows] = values
+    assert features is not None
+    return features
+
+
+def paths_of(train: LabelledImages, rows: npt.NDArray[np.intp]) -> list[Any]:
+    """The files of samples."""
+    return [train.index.path(row) for row in rows.tolist()]
+
+
+def cluster_images(features: npt.NDArray[np.float32], epoch: int, train: LabelledImages, config: UnsupervisedConfig, say: Say) -> Clusters:
+    """The clusters of an epoch: said, written down and pictured. Before the first, a table says what other eps give. Raises UserError with advice
+    where there are too few for a batch."""
+    pseudo = config.pseudo
+    if epoch == 0:
+        each = find_each(features, eps_around(pseudo.eps), pseudo)
+        table = eps_table(each)
+        say(f"what eps gives before the first epoch (eps is {pseudo.eps:g}):\n{table}")
+        write_whole(config.run_dir / "eps.txt", table + "\n")
+        found = next(one for one in each if one.eps == round(pseudo.eps, 4))
+    else:
+        found = find_clusters(features, pseudo)
+    while (problem := advice(found, config.num_people)) is not None:
+        wider = round(found.eps + 0.05, 4)
+        if config.if_too_few == "stop" or wider >= 1:
+            raise UserError(f"epoch {epoch + 1}: {problem}")
+        say(f"epoch {epoch + 1}: {problem}; trying eps {wider:g}")
+        found = find_clusters(features, replace(pseudo, eps=wider))
+    quality = label_quality(found.labels, train.labels)
+    words = f"NMI {quality.nmi:.3f}, ARI {quality.ari:.3f}, purity {quality.purity:.1%}" if train.num_people > 1 else "no labels to compare with"
+    say(f"epoch {epoch + 1}: {found} ({words})")
+    row = {"epoch": epoch + 1, "eps": found.eps, "clusters": found.num_clusters, "outliers": found.num_outliers, **asdict(quality)}
+    with explained_write(config.run_dir / "clusters.jsonl"):
+        append_row(config, row)
+        sheet = cluster_sheet(train.index.image, found.labels, train.labels if train.num_people > 1 else None, config.num_sheets)
+        if sheet is not None and config.num_sheets:
+            (config.run_dir / "pictures").mkdir(exist_ok=True)
+            sheet.save(config.run_dir / "pictures" / f"clusters_{epoch + 1:04d}.png")
+    return found
+
+
+def append_row(config: UnsupervisedConfig, row: dict[str, Any]) -> None:
+    """A line of clusters.jsonl; lines of the same epoch or later, of a run that was interrupted, are dropped."""
+    path = config.run_dir / "clusters.jsonl"
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["epoch"] < row["epoch"]]
+    finite = {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
+    write_whole(path, "\n".join([*lines, json.dumps(finite)]) + "\n")
+
+
+def describe_run(config: UnsupervisedConfig, sets: TrainingSets, total: int, processes: Processes) -> dict[str, Any]:
+    """What config.json holds: the settings, and what the run was started on."""
+    train = sets.train
+    numbers = {"images": len(train), "cameras": train.num_cameras, "rejected_images": len(train.index.rejected)}
+    return {**to_plain(config), "started": {**describe_environment(), "machine": processes.description, **numbers, "steps": total}}
