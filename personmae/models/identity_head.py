@@ -7,6 +7,7 @@ between feature and classifier, so that triplet loss and classification see diff
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -98,6 +99,15 @@ class IdentityHead(nn.Module):
             necked = tuple(neck(feature.float()) for neck, feature in zip(self.necks, features, strict=True))
             logits = tuple(classify(own) for classify, own in zip(self.classifiers, necked, strict=True)) if self.config.num_people else ()
             return HeadOutputs(logits, necked)
+
+
+def calibrate_necks(head: IdentityHead, features: Sequence[Tensor]) -> None:
+    """Sets the running statistics of the necks, which begin as mean 0 and variance 1, to those of features [N, D_i], float, before the neck."""
+    for neck, feature in zip(head.necks, features, strict=True):
+        if isinstance(neck, nn.BatchNorm1d) and neck.running_mean is not None and neck.running_var is not None:
+            wide = feature.double()
+            neck.running_mean.copy_(wide.mean(0))
+            neck.running_var.copy_(wide.var(0, correction=0))
 
 
 class NeckedEncoder(nn.Module):

@@ -163,7 +163,7 @@ def nano() -> FinetuneConfig:
         views=ViewConfig(pad_px=4, erasing_prob=0.3),
         num_people=8,
         images_each=4,
-        optimiser=FinetuneOptimiserConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.05, bias_lr_factor=1.0, layer_decay=0.75),
+        optimiser=FinetuneOptimiserConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.05, bias_lr_factor=1.0),
         schedule=FinetuneScheduleConfig(epochs=30, warmup_epochs=3, warmup_start=0.0, final_ratio=0.0, by="step", cosine_from="warmup"),
         best_by="held-out",
         hold_out=0.1,

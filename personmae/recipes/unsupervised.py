@@ -33,6 +33,9 @@ class UnsupervisedConfig(TrainConfig):
     cross_camera: bool = True
     steps_per_epoch: int = 200  # between two clusterings
     ghost_size: int | None = 64  # images that the neck normalises together: published runs were on 4 GPUs with 64 each; None: the whole batch
+    # Before the first clustering, set the neck's statistics to those of the images. Without (as published), features are first compared as they are,
+    # in which those of masked pre-training all point nearly the same way.
+    calibrate_neck: bool = False
     if_too_few: Literal["stop", "widen"] = "stop"  # clusters for a batch: end with advice, or try larger eps by 0.05
     best_by: Literal["no", "test"] = "no"  # the epoch whose weights are kept as the best: none, or by the test sets
     num_sheets: int = 12  # clusters pictured in the report
@@ -77,6 +80,7 @@ def nano() -> UnsupervisedConfig:
         num_people=8,
         images_each=4,
         ghost_size=None,
+        calibrate_neck=True,
         optimiser=FinetuneOptimiserConfig(kind="adamw", learning_rate=3e-4, weight_decay=0.05, bias_lr_factor=1.0, layer_decay=0.75),
         schedule=StepScheduleConfig(epochs=15, decay_every=10),
         steps_per_epoch=60,

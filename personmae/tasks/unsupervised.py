@@ -27,13 +27,13 @@ from personmae.data.loaders import open_loader
 from personmae.evaluation.clustering import Clusters
 from personmae.evaluation.features import extract_features
 from personmae.evaluation.pseudo_labels import advice, eps_around, eps_table, find_clusters, find_each, label_quality
-from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder
+from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder, calibrate_necks
 from personmae.models.reid import ReidEncoder
 from personmae.models.vit import VisionTransformer
 from personmae.models.weights import AFTER_NECK
 from personmae.recipes.unsupervised import FREE_SETTINGS, UnsupervisedConfig
 from personmae.tasks.finetuning_results import finish, mean_average_precision
-from personmae.tasks.model_scores import camera_notes
+from personmae.tasks.model_scores import Scored, camera_notes
 from personmae.tasks.model_setup import initial_encoder, place_model, silence, to_micro
 from personmae.tasks.retrieval import count_warnings, open_sets
 from personmae.training.best_epoch import BestEpoch
@@ -120,6 +120,9 @@ def main(config: UnsupervisedConfig) -> int:
                     epoch = step // config.steps_per_epoch
                     end = (epoch + 1) * config.steps_per_epoch
                     if labels is None or memory is None:
+                        if step == 0 and config.calibrate_neck:
+                            raw = extract_all(encoder, train, config, processes)
+                            calibrate_necks(neck, torch.from_numpy(raw).to(device).split(list(encoder.widths), dim=1))
                         features = extract_all(scored, train, config, processes)
                         make = functools.partial(cluster_images, features, epoch, train, config, logbook.announce)
                         labels = processes.from_main(make).labels
@@ -255,8 +258,8 @@ def build_model(config: UnsupervisedConfig, initial: VisionTransformer, train: L
     return encoder, IdentityHead(IdentityHeadConfig(widths=encoder.widths, num_people=0, neck=config.model.neck, ghost_size=config.ghost_size))
 
 
-def extract_all(model: NeckedEncoder, train: LabelledImages, config: UnsupervisedConfig, processes: Processes) -> npt.NDArray[np.float32]:
-    """The features of all training images after the neck, float32 [N, D], each process a share, in all of them."""
+def extract_all(model: Scored, train: LabelledImages, config: UnsupervisedConfig, processes: Processes) -> npt.NDArray[np.float32]:
+    """The features of all training images, float32 [N, D], each process a share, in all of them."""
     model.eval()
     own = np.arange(processes.rank, len(train), processes.world_size)
     options: dict[str, Any] = {
