@@ -78,13 +78,16 @@ $(VENV)/.extension: $(VENV)/.installed setup.py $(wildcard csrc/*)
 demo: $(READY)
 	@$(PY) -m personmae demo $(ARGS)
 
+STARTS_PROGRAMS := tests/test_layout.py tests/test_demo.py tests/test_pretrain.py tests/test_unsupervised.py \
+  -k "test_layout or test_demo or (test_pretrain and (leaves or mistakes or processes)) or (test_unsupervised and processes)"
+
 # What starts programs, twice: with PYTHONSAFEPATH=1 the folder of a started program is not on the path, as some launchers have it.
 test: $(READY)
-	PYTHONSAFEPATH=1 $(PY) -m pytest -q tests/test_layout.py tests/test_demo.py
-	PYTHONSAFEPATH=1 $(PY) -m pytest -q tests/test_pretrain.py -k "leaves or mistakes or processes"
 	# One process for each core, the tests of a file together; torch's own threads would only crowd them.
 	parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n auto --dist loadfile" || true)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $$parallel $(ARGS)
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+	PYTHONSAFEPATH=1 $(PY) -m pytest -q $$parallel $(STARTS_PROGRAMS)
+	$(PY) -m pytest --durations=20 $$parallel $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -247,7 +247,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("program", [["personmae/pretrain.py"], ["-m", "personmae"]], ids=" ".join)
+@pytest.mark.parametrize("program", [["personmae/pretrain.py"], ["personmae/tasks/uda.py"], ["-m", "personmae"]], ids=" ".join)
 def test_programs_start(program):
     result = start(*program, "--help")
     assert result.returncode == 0, result.stderr
