@@ -107,6 +107,24 @@ def test_cameras_are_spread():
     assert mean_cameras(False) < 1.9
 
 
+def test_halves_and_outliers():
+    """Two kinds of people, each with its half of every batch; samples of nobody stay out."""
+    labels = np.repeat([-1, 0, 1, 2, 3, 4, 5], [5, 4, 4, 9, 4, 4, 4])
+    index = SimpleNamespace(heights=np.full(34, 64), widths=np.full(34, 32))
+    images = LabelledImages(cast(ImageIndex, index), labels, np.zeros(34, int), np.arange(6), np.arange(1))
+    first = np.array([True, False, True, False, True, False])
+    plan = IdentityPlan(images, 4, 2, 0, PLAIN, steps=25, first_half=first)
+    assert plan.steps_per_epoch == 25
+    for batch in epoch_of(plan, 3):
+        people = labels[batch[:, 0]]
+        assert (people >= 0).all()
+        assert first[people].tolist() == [True, True, False, False]
+    shown = np.unique(epoch_of(plan, 1))
+    assert set(shown) == set(range(5, 34))
+    with pytest.raises(UserError, match="half of 4 people come from each set, and one has 1; set --num-people 2 or lower"):
+        IdentityPlan(images, 4, 2, 0, PLAIN, first_half=np.arange(6) == 2)
+
+
 def test_parts_are_of_whole_people():
     plan = IdentityPlan(labelled([6] * 9), 6, 2, 5, ViewConfig())
     whole = plan.batch(1, 0, 1)

@@ -18,6 +18,7 @@ from personmae.models.identity_head import NeckedEncoder, calibrate_necks
 from personmae.models.weights import load_reid
 from personmae.recipes.unsupervised import UnsupervisedConfig, adaptation_presets, unsupervised_presets
 from personmae.tasks import uda, unsupervised, usl
+from personmae.tasks.pseudo_labelling import extract_all, of_source
 from personmae.training.processes import Processes
 from personmae.training.schedules import StepScheduleConfig, stepwise_rate
 from personmae.visuals.cluster_sheets import choose_clusters, cluster_sheet
@@ -82,7 +83,9 @@ def test_a_run_leaves_what_it_promises(undisturbed, mannequins):  # noqa: F811
 def test_it_learns_to_tell_its_clusters_apart(mannequins, tuned, tmp_path):  # noqa: F811
     """So few people make no better model of others; what is asked of the training can be seen within an epoch."""
     run = tmp_path / "run"
-    usl_here(mannequins, tuned, run, "--schedule.epochs", "1", "--steps-per-epoch", "80", "--optimiser.learning-rate", "1e-3")
+    # Nothing but the views changes from step to step, and the memory hardly.
+    still = ["--views.erasing-prob", "0", "--views.pad-px", "0", "--memory.update", "mean", "--memory.momentum", "0.9"]
+    usl_here(mannequins, tuned, run, "--schedule.epochs", "1", "--steps-per-epoch", "80", "--optimiser.learning-rate", "1e-3", *still)
     lines = metrics(run)
     first, last = ({name: np.mean([line[name] for line in part]) for name in ("loss", "accuracy")} for part in (lines[:10], lines[-10:]))
     assert last["loss"] < 0.7 * first["loss"]
@@ -161,6 +164,43 @@ def test_domain_adaptation(mannequins, weights, tmp_path):  # noqa: F811
             uda.main(uda.from_command_line(arguments[:place] + arguments[place + 2 :]))
 
 
+def test_joint_adaptation(mannequins, weights, tmp_path, monkeypatch):  # noqa: F811
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    def adapt(folder: Path) -> int:
+        more = ["--source", str(mannequins), "--source-epochs", "2", "--joint", "--ghost-size", "8", "--pseudo.min-samples", "2"]
+        return uda.main(uda.from_command_line(flags(mannequins / "occluded", weights, folder, *more)))
+
+    adapt(whole)
+    lines = metrics(whole)
+    found = clusters_of(whole)
+    # 14 people of the source, and the target's clusters.
+    assert [row["clusters"] + 14 for row in found] == [lines[step]["clusters"] for step in (0, 6, 12)]
+    assert evaluated(whole, mannequins / "occluded") == pytest.approx(scores(whole)["last epoch"], abs=1e-9)
+    with monkeypatch.context() as patched:
+        stop_in(patched, 9)
+        adapt(run)
+    adapt(run)
+    assert_same_weights(whole, run)
+    assert clusters_of(run) == found
+    # Half of each batch is of either set, and those of the source come first.
+    joint = ["--source", str(mannequins), "--joint", "--ghost-size", "8"]
+    config = uda.target_run(uda.from_command_line([*flags(mannequins / "occluded", weights, whole), *joint]))
+    train = unsupervised.open_target(config).train
+    source = of_source(train)
+    assert (source.sum(), (~source).sum()) == (173, 159)
+    labels = np.where(source, train.labels, -1)
+    labels = np.unique(labels, return_inverse=True)[1] - 1
+    labels[~source] = np.arange((~source).sum()) % 20 + labels.max() + 1
+    plan = unsupervised.plan_of(train, labels, config)
+    for step in range(6):
+        assert source[plan.step_samples(step)].tolist() == [True] * 8 + [False] * 8
+    with pytest.raises(UserError, match="joint needs an even"):
+        replace(config, ghost_size=None)
+    with pytest.raises(UserError, match="joint needs an even"):
+        replace(config, num_people=6, ghost_size=8)
+
+
 def message(data, init, run, *more) -> str:
     with pytest.raises(UserError) as error:
         usl_here(data, init, run, *more)
@@ -172,12 +212,12 @@ def test_the_neck_is_set_to_the_images(mannequins, tuned, tmp_path):  # noqa: F8
     assert config.calibrate_neck
     sets = unsupervised.open_target(config)
     encoder, neck = unsupervised.build_model(config, unsupervised.initial_encoder(config)[0], sets.train)
-    raw = unsupervised.extract_all(encoder, sets.train, config, Processes())
+    raw = extract_all(encoder, sets.train, config, Processes())
     calibrate_necks(neck, [torch.from_numpy(raw)])
     necked = neck.eval()((torch.from_numpy(raw),)).necked[0].detach().numpy().astype(np.float64)
     assert np.abs(necked.mean(0)).max() < 1e-3
     assert np.abs(necked.std(0) - 1).max() < 0.05
-    found = unsupervised.extract_all(NeckedEncoder(encoder, neck), sets.train, config, Processes())
+    found = extract_all(NeckedEncoder(encoder, neck), sets.train, config, Processes())
     assert np.allclose(found, necked / np.linalg.norm(necked, axis=1, keepdims=True), atol=1e-4)
 
 

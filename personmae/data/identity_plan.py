@@ -54,6 +54,8 @@ class IdentityPlan(Plan):
     person sits out. Each batch takes a group of P different people, drawn by how many groups they have left, so that those with many images do not
     remain among themselves at the end; when fewer than P have any left, everybody is dealt again. An epoch has N // (P K) steps, at least 1.
 
+    first_half: who makes the first half of each batch, bool [people], the others make the second; as two domains that are learned together.
+
     cross_camera: a person's images are dealt such that a group holds as many cameras as it can. A sample that cannot be read is replaced by another
     image of the same person where there is one. Samples of label -1, of nobody, are left out.
     """
@@ -70,9 +72,10 @@ class IdentityPlan(Plan):
         *,
         cross_camera: bool = False,
         steps: int | None = None,
+        first_half: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """num_people, images_each: P and K. steps: of an epoch, by default as above. Raises UserError for fewer people than P, and if nobody has two
-        images."""
+        """num_people, images_each: P and K. steps: of an epoch, by default as above. Raises UserError for fewer people than P (or than P / 2 in a
+        half), and if nobody has two images."""
         if num_people < 2 or images_each < 2:
             raise UserError(f"a batch of {num_people} people with {images_each} images each holds no triplets; both are at least 2")
         if images.num_people < num_people:
@@ -89,6 +92,13 @@ class IdentityPlan(Plan):
         self.batch_size = size
         self.num_people, self.images_each = num_people, images_each
         self.views, self.cross_camera = views, cross_camera
+        # The kinds of people, and how many of each a batch has.
+        self._kinds = [(np.arange(images.num_people), num_people)]
+        if first_half is not None:
+            self._kinds = [(np.flatnonzero(first_half), num_people // 2), (np.flatnonzero(~first_half), num_people // 2)]
+            fewest = min(len(people) for people, _ in self._kinds)
+            if num_people % 2 or fewest < num_people // 2:
+                raise UserError(f"half of {num_people} people come from each set, and one has {fewest}; set --num-people {2 * fewest} or lower")
         self._labels, self._cameras = images.labels, images.cameras
         # Whole groups alone, but for people who have less than one.
         self._groups = np.maximum(counts // images_each, 1)
@@ -171,12 +181,12 @@ class IdentityPlan(Plan):
         left = self._groups.copy()
         seeds = sample_seeds(self.seed, epoch, np.arange(len(left)), Stream.IDENTITIES, np.full(len(left), deal))
         batches: list[Int64Array] = []
-        while len(batches) < most and np.count_nonzero(left) >= self.num_people:
+        while len(batches) < most and all(np.count_nonzero(left[people]) >= number for people, number in self._kinds):
             # The P smallest of exponential times at rate `left`: without replacement, by weight.
             times = -np.log1p(-uniforms(draws(seeds, 1, first=len(batches)))[:, 0])
             with np.errstate(divide="ignore"):
                 times = np.where(left > 0, times / left, np.inf)
-            chosen = np.argsort(times, kind="stable")[: self.num_people]
+            chosen = np.concatenate([people[np.argsort(times[people], kind="stable")[:number]] for people, number in self._kinds])
             left[chosen] -= 1
             batches.append(chosen.astype(np.int64))
         return np.array(batches, dtype=np.int64).reshape(-1, self.num_people)

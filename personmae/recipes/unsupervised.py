@@ -56,6 +56,15 @@ class AdaptConfig(UnsupervisedConfig):
     source: str | None = None  # the labelled set to begin on: NAME=FOLDER, or a folder or CSV alone
     source_recipe: Literal["nano", "transreid", "male"] = "transreid"  # of `personmae train holistic`
     source_epochs: int | None = None  # by default those of the recipe
+    # In the second stage half of each batch is of the source, with its labels, in one memory with the target's clusters (SpCL); each has its own
+    # statistics in the neck where ghost_size divides half the batch.
+    joint: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        half = self.batch_size // 2
+        if self.joint and (self.num_people % 2 or self.ghost_size is None or half % self.ghost_size):
+            raise UserError(f"joint needs an even --num-people and a --ghost-size that divides half the batch ({half}), not {self.ghost_size}")
 
 
 def market() -> UnsupervisedConfig:

@@ -4,7 +4,7 @@ personmae train uda market --source msmt17=/data/msmt17 --data market1501=/data/
 personmae train uda nano --source city-a --data city-b --init demo/run-seed0        on a CPU
 
 The first stage is a run of `personmae train holistic` in RUN/source, the second one of `personmae train usl` in RUN, which begins with its weights. A
-stage that is done is not done again. Images of the source are not shown in the second stage.
+stage that is done is not done again. Images of the source are not shown in the second stage, but with --joint, where half of each batch is of it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def source_run(config: AdaptConfig) -> FinetuneConfig:
 
 def target_run(config: AdaptConfig) -> UnsupervisedConfig:
     """The second stage, from the weights of the first."""
+    init = str(config.run_dir / "source" / "reid.safetensors")
+    if config.joint:
+        return replace(config, init=init)
     own = {field.name: getattr(config, field.name) for field in fields(UnsupervisedConfig)}
-    return UnsupervisedConfig(**{**own, "init": str(config.run_dir / "source" / "reid.safetensors")})
+    return UnsupervisedConfig(**{**own, "init": init})
 
 
 def from_command_line(arguments: Sequence[str] | None = None, program: str = "uda.py") -> AdaptConfig:

@@ -7,11 +7,8 @@ log, checkpoints and report are those of the other tasks.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,34 +21,30 @@ from personmae.configs import UserError, to_plain
 from personmae.data.identity_plan import IdentityPlan
 from personmae.data.labelled import LabelledImages, TrainingSets, open_labelled
 from personmae.data.loaders import open_loader
-from personmae.evaluation.clustering import Clusters
-from personmae.evaluation.features import extract_features
-from personmae.evaluation.pseudo_labels import advice, eps_around, eps_table, find_clusters, find_each, label_quality
-from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder, calibrate_necks
+from personmae.data.records import PersonImage
+from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder
 from personmae.models.reid import ReidEncoder
 from personmae.models.vit import VisionTransformer
 from personmae.models.weights import AFTER_NECK
-from personmae.recipes.unsupervised import FREE_SETTINGS, UnsupervisedConfig
+from personmae.recipes.unsupervised import FREE_SETTINGS, AdaptConfig, UnsupervisedConfig
 from personmae.tasks.finetuning_results import finish, mean_average_precision
-from personmae.tasks.model_scores import Scored, camera_notes
+from personmae.tasks.model_scores import camera_notes
 from personmae.tasks.model_setup import initial_encoder, place_model, silence, to_micro
+from personmae.tasks.pseudo_labelling import SOURCE_OFFSET, find_labels, of_source, settle_neck
 from personmae.tasks.retrieval import count_warnings, open_sets
 from personmae.training.best_epoch import BestEpoch
 from personmae.training.checkpoint_writer import CheckpointWriter
-from personmae.training.cluster_memory import ClusterMemory, cluster_means
+from personmae.training.cluster_memory import ClusterMemory
 from personmae.training.environment import describe_environment
 from personmae.training.finetuning_optimisers import build_finetuning_optimiser
 from personmae.training.identity_step import whole_batch_gradients
-from personmae.training.logbook import Logbook, check_run_dir, explained_write, write_whole
+from personmae.training.logbook import Logbook, check_run_dir
 from personmae.training.optimisers import update_weights
 from personmae.training.precision import check_finite, make_deterministic
 from personmae.training.processes import Processes, StopSignal, start_processes
 from personmae.training.quarantine import Quarantine
 from personmae.training.resuming import checkpoint_state, load_to_resume, restore_moments, restore_weights, state_bytes
 from personmae.training.schedules import stepwise_rate
-from personmae.visuals.cluster_sheets import cluster_sheet
-
-Say = Callable[[str], object]
 
 
 def main(config: UnsupervisedConfig) -> int:
@@ -120,23 +113,8 @@ def main(config: UnsupervisedConfig) -> int:
                     epoch = step // config.steps_per_epoch
                     end = (epoch + 1) * config.steps_per_epoch
                     if labels is None or memory is None:
-                        if step == 0 and config.calibrate_neck:
-                            raw = extract_all(encoder, train, config, processes)
-                            calibrate_necks(neck, torch.from_numpy(raw).to(device).split(list(encoder.widths), dim=1))
-                        features = extract_all(scored, train, config, processes)
-                        make = functools.partial(cluster_images, features, epoch, train, config, logbook.announce)
-                        labels = processes.from_main(make).labels
-                        memory = ClusterMemory(cluster_means(features, labels), config.memory).to(device)
-                    clustered = replace(train, labels=labels, people=np.arange(labels.max() + 1))
-                    plan = IdentityPlan(
-                        clustered,
-                        config.num_people,
-                        config.images_each,
-                        config.seed,
-                        config.views,
-                        cross_camera=config.cross_camera,
-                        steps=config.steps_per_epoch,
-                    )
+                        labels, memory = find_labels(scored, epoch, train, config, processes, logbook.announce)
+                    plan = plan_of(train, labels, config)
                     rate = stepwise_rate(epoch, config.optimiser.learning_rate, config.schedule)
                     loader = open_loader(
                         train.index,
@@ -180,6 +158,7 @@ def main(config: UnsupervisedConfig) -> int:
                                 "outlier_ratio": float((labels < 0).mean()),
                             }
                             if ended and config.best_by == "test" and ((epoch + 1) % config.evaluate_every == 0 or step == total):
+                                settle_neck(scored, train, config, processes)
                                 judged = processes.from_main(
                                     lambda: mean_average_precision(scored, [reid_set for _, reid_set in sets.tests], sets, config, device)
                                 )
@@ -211,12 +190,30 @@ def main(config: UnsupervisedConfig) -> int:
                                             writer.wait()
                     if step == end:
                         labels = memory = None
+            settle_neck(scored, train, config, processes)
             with processes.main_first():
                 if processes.is_main:
                     start = NeckedEncoder(*build_model(config, initial, train)).eval()
                     notes = {AFTER_NECK: "yes"}
                     logbook.announce(finish(config, encoder, neck, start, best, sets, device, step, total, logbook.announce, scored, notes))
             return step
+
+
+def plan_of(train: LabelledImages, labels: npt.NDArray[np.int64], config: UnsupervisedConfig) -> IdentityPlan:
+    """Batches of clusters for the epochs that have these labels."""
+    clustered = replace(train, labels=labels, people=np.arange(labels.max() + 1))
+    source = of_source(train)
+    halves = np.isin(clustered.people, labels[source]) if source.any() else None
+    return IdentityPlan(
+        clustered,
+        config.num_people,
+        config.images_each,
+        config.seed,
+        config.views,
+        cross_camera=config.cross_camera,
+        steps=config.steps_per_epoch,
+        first_half=halves,
+    )
 
 
 def contrast(neck: IdentityHead, memory: ClusterMemory, labels: Tensor) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]:
@@ -245,95 +242,28 @@ def open_target(config: UnsupervisedConfig) -> TrainingSets:
         raise UserError(f"{name} has no training part: it is for testing alone; give it as --test, and another set as --data")
     if config.model.camera_weight > 0 and not whole.has_cameras:
         raise UserError(f"{name} does not tell its cameras, and --model.camera-weight needs them; set it to 0")
-    train = open_labelled(whole.train, config.run_dir / "train.txt", print)
+    train = open_labelled([*whole.train, *source_images(config)], config.run_dir / "train.txt", print)
     if config.cross_camera and train.num_cameras < 2:
         print("all training images are of one camera (or cameras are not told): a cluster's images are drawn without regard to cameras")
     tests = open_sets(config.test, config.split) if config.test else [(name, whole)]
     return TrainingSets(whole.name, train, None, tests)
 
 
+def source_images(config: UnsupervisedConfig) -> list[PersonImage]:
+    """The labelled images that are trained on jointly with the target, under other numbers; none where that is not asked for."""
+    if not isinstance(config, AdaptConfig) or not config.joint:
+        return []
+    assert config.source is not None
+    ((name, whole),) = open_sets([config.source])
+    if not whole.train:
+        raise UserError(f"{name} has no training part, so it can be no --source")
+    return [replace(image, person=image.person + SOURCE_OFFSET, camera=image.camera + SOURCE_OFFSET) for image in whole.train]
+
+
 def build_model(config: UnsupervisedConfig, initial: VisionTransformer, train: LabelledImages) -> tuple[ReidEncoder, IdentityHead]:
     """Encoder and neck, on the CPU."""
     encoder = ReidEncoder(initial, config.model, train.num_cameras, seed=config.seed)
     return encoder, IdentityHead(IdentityHeadConfig(widths=encoder.widths, num_people=0, neck=config.model.neck, ghost_size=config.ghost_size))
-
-
-def extract_all(model: Scored, train: LabelledImages, config: UnsupervisedConfig, processes: Processes) -> npt.NDArray[np.float32]:
-    """The features of all training images, float32 [N, D], each process a share, in all of them."""
-    model.eval()
-    own = np.arange(processes.rank, len(train), processes.world_size)
-    options: dict[str, Any] = {
-        "size": config.model.image_size,
-        "batch_size": 128,
-        "num_threads": config.loader.num_threads or 2,
-        "device": processes.device,
-        "precision": config.precision,
-        "progress": False,
-    }
-    parts: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]] = []
-    if model.num_cameras:
-        for camera in np.unique(train.cameras[own]).tolist():
-            rows = own[train.cameras[own] == camera]
-
-            def describe(images: Tensor, camera: int = camera) -> dict[str, Tensor]:
-                return model.describe(images, torch.full((len(images),), camera, device=images.device))
-
-            parts.append((rows, extract_features(describe, paths_of(train, rows), **options)["feature"]))
-    elif len(own):
-        parts.append((own, extract_features(model.describe, paths_of(train, own), **options)["feature"]))
-    features: npt.NDArray[np.float32] | None = None
-    for gathered in processes.all_gather(parts):
-        for rows, values in gathered:
-            features = np.empty((len(train), values.shape[1]), dtype=np.float32) if features is None else features
-            features[rows] = values
-    assert features is not None
-    return features
-
-
-def paths_of(train: LabelledImages, rows: npt.NDArray[np.intp]) -> list[Any]:
-    """The files of samples."""
-    return [train.index.path(row) for row in rows.tolist()]
-
-
-def cluster_images(features: npt.NDArray[np.float32], epoch: int, train: LabelledImages, config: UnsupervisedConfig, say: Say) -> Clusters:
-    """The clusters of an epoch: said, written down and pictured. Before the first, a table says what other eps give. Raises UserError with advice
-    where there are too few for a batch."""
-    pseudo = config.pseudo
-    if epoch == 0:
-        each = find_each(features, eps_around(pseudo.eps), pseudo)
-        table = eps_table(each)
-        say(f"what eps gives before the first epoch (eps is {pseudo.eps:g}):\n{table}")
-        write_whole(config.run_dir / "eps.txt", table + "\n")
-        found = next(one for one in each if one.eps == round(pseudo.eps, 4))
-    else:
-        found = find_clusters(features, pseudo)
-    while (problem := advice(found, config.num_people)) is not None:
-        wider = round(found.eps + 0.05, 4)
-        if config.if_too_few == "stop" or wider >= 1:
-            raise UserError(f"epoch {epoch + 1}: {problem}")
-        say(f"epoch {epoch + 1}: {problem}; trying eps {wider:g}")
-        found = find_clusters(features, replace(pseudo, eps=wider))
-    quality = label_quality(found.labels, train.labels)
-    words = f"NMI {quality.nmi:.3f}, ARI {quality.ari:.3f}, purity {quality.purity:.1%}" if train.num_people > 1 else "no labels to compare with"
-    say(f"epoch {epoch + 1}: {found} ({words})")
-    row = {"epoch": epoch + 1, "eps": found.eps, "clusters": found.num_clusters, "outliers": found.num_outliers, **asdict(quality)}
-    with explained_write(config.run_dir / "clusters.jsonl"):
-        append_row(config, row)
-        sheet = cluster_sheet(train.index.image, found.labels, train.labels if train.num_people > 1 else None, config.num_sheets)
-        if sheet is not None and config.num_sheets:
-            (config.run_dir / "pictures").mkdir(exist_ok=True)
-            sheet.save(config.run_dir / "pictures" / f"clusters_{epoch + 1:04d}.png")
-    return found
-
-
-def append_row(config: UnsupervisedConfig, row: dict[str, Any]) -> None:
-    """A line of clusters.jsonl; lines of the same epoch or later, of a run that was interrupted, are dropped."""
-    path = config.run_dir / "clusters.jsonl"
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["epoch"] < row["epoch"]]
-    finite = {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
-    write_whole(path, "\n".join([*lines, json.dumps(finite)]) + "\n")
 
 
 def describe_run(config: UnsupervisedConfig, sets: TrainingSets, total: int, processes: Processes) -> dict[str, Any]:
