@@ -5,10 +5,12 @@ import torch
 
 from personmae.models.decoders import DecoderConfig
 from personmae.models.masked import MaskedConfig, PersonMAE
+from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.teacher import TeacherConfig, build_teacher
 from personmae.models.vit import VitConfig
-from personmae.training.blocks import choose_compilation, set_blocks
+from personmae.training.blocks import choose_compilation, set_blocks, uncompiled
 from tests.test_masked import inputs
+from tests.test_vit import random_encoder, random_images
 
 ENCODER = VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=3, num_heads=2)
 
@@ -82,3 +84,41 @@ def test_the_residual_stream_has_the_dtype_of_the_products(precision, dtype):
         model.predict_pixels(encoded, batch)
     assert seen == [dtype] * 5
     assert encoded.normed.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_any_number_of_batch_sizes_is_evaluated_uncompiled():
+    model = ReidEncoder(random_encoder(ENCODER), ReidConfig(image_size=(64, 32), stride_px=8, drop_path=0.0)).eval()
+    images = random_images(24, (64, 32))
+    expected = model(images)[0]
+    num_compiled = 0
+
+    def count(graph, _):
+        nonlocal num_compiled
+        num_compiled += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    set_blocks(model, compiled=True, checkpointing=False, backend=count)
+    with uncompiled():
+        for size in range(1, 25):
+            assert torch.allclose(model(images[:size])[0], expected[:size], atol=1e-5)
+    assert num_compiled == 0
+    assert torch.allclose(model(images)[0], expected, atol=1e-5)
+    assert num_compiled > 0
+    torch._dynamo.reset()
+
+
+def test_a_compiled_training_step_with_stochastic_depth():
+    config = ReidConfig(image_size=(64, 32), stride_px=8, parts="jpm", drop_path=0.3)
+    plain, compiled = (ReidEncoder(random_encoder(ENCODER), config) for _ in range(2))
+    set_blocks(compiled, compiled=True, checkpointing=False, backend="aot_eager")
+    images = random_images(4, (64, 32))
+    found = []
+    for model in (plain.train(), compiled.train()):
+        features = model(images, drop_paths=model.draw_drop_paths(3, 0, range(4)))
+        sum(feature.square().sum() for feature in features).backward()
+        found.append((features, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}))
+    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.allclose(gradient, found[1][1][name], atol=1e-3, rtol=1e-3) for name, gradient in found[0][1].items())

@@ -19,6 +19,7 @@ from personmae.evaluation.inputs import labels_of_set
 from personmae.evaluation.protocol import Evaluation, ScoringConfig, evaluate, score_variants
 from personmae.models.identity_head import NeckedEncoder
 from personmae.models.reid import ReidEncoder
+from personmae.training.blocks import uncompiled
 
 Scored = ReidEncoder | NeckedEncoder
 
@@ -29,6 +30,13 @@ def evaluate_model(
     """Features and scores of a model, in eval mode, in which it is left. cameras: the set's cameras -> numbers of the training set's; others get the
     mean of the embeddings; ignored by models without them. options: those of `evaluate`. Raises UserError if an image cannot be read."""
     model.eval()
+    with uncompiled():
+        return _evaluate(model, reid_set, cameras, scoring, announce, options)
+
+
+def _evaluate(
+    model: Scored, reid_set: ReidSet, cameras: Mapping[int, int], scoring: ScoringConfig, announce: Callable[[str], object], options: dict[str, Any]
+) -> Evaluation:
     if not model.num_cameras:
         return evaluate(model.describe, reid_set, size=model.config.image_size, scoring=scoring, announce=announce, **options)
     if options.pop("flip", False):

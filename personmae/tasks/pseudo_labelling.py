@@ -22,6 +22,7 @@ from personmae.evaluation.pseudo_labels import advice, eps_around, eps_table, fi
 from personmae.models.identity_head import NeckedEncoder, calibrate_necks
 from personmae.recipes.unsupervised import UnsupervisedConfig
 from personmae.tasks.model_scores import Scored
+from personmae.training.blocks import uncompiled
 from personmae.training.cluster_memory import ClusterMemory, cluster_means
 from personmae.training.logbook import explained_write, write_whole
 from personmae.training.processes import Processes
@@ -84,6 +85,21 @@ def extract_all(model: Scored, train: LabelledImages, config: UnsupervisedConfig
         "precision": config.precision,
         "progress": False,
     }
+    with uncompiled():
+        parts = _extract_share(model, train, own, options)
+    features: npt.NDArray[np.float32] | None = None
+    for gathered in processes.all_gather(parts):
+        for rows, values in gathered:
+            features = np.empty((len(train), values.shape[1]), dtype=np.float32) if features is None else features
+            features[rows] = values
+    assert features is not None
+    return features
+
+
+def _extract_share(
+    model: Scored, train: LabelledImages, own: npt.NDArray[np.intp], options: dict[str, Any]
+) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]]:
+    """The features of some samples: (samples, features) of each camera, or of all where the model does not ask for cameras."""
     parts: list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]] = []
     if model.num_cameras:
         for camera in np.unique(train.cameras[own]).tolist():
@@ -95,13 +111,7 @@ def extract_all(model: Scored, train: LabelledImages, config: UnsupervisedConfig
             parts.append((rows, extract_features(describe, paths_of(train, rows), **options)["feature"]))
     elif len(own):
         parts.append((own, extract_features(model.describe, paths_of(train, own), **options)["feature"]))
-    features: npt.NDArray[np.float32] | None = None
-    for gathered in processes.all_gather(parts):
-        for rows, values in gathered:
-            features = np.empty((len(train), values.shape[1]), dtype=np.float32) if features is None else features
-            features[rows] = values
-    assert features is not None
-    return features
+    return parts
 
 
 def paths_of(train: LabelledImages, rows: npt.NDArray[np.intp]) -> list[Any]:

@@ -5,7 +5,8 @@ Each block is compiled by itself: all blocks of a kind share one compilation, an
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import contextlib
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -42,3 +43,9 @@ def set_blocks(module: nn.Module, *, compiled: bool, checkpointing: bool, backen
             part.checkpointing = checkpointing
             for block in part if compiled else ():
                 block.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Inside, compiled blocks run as they are written: for evaluation, whose last batches have other sizes each time. Compiling for each would take
+    longer than it gives, and after a few sizes torch.compile ends with an error."""
+    return torch.compiler.set_stance("force_eager")
