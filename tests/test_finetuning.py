@@ -280,8 +280,11 @@ def test_recipes_are_the_published_ones():
     assert presets["transreid-384"].model.image_size == (384, 128)
     assert presets["transreid-jpm"].model.stride_px == 12
     for name, (_, config) in finetuning_presets("occluded").items():
-        assert config.occlusion.prob == 0.5
-        assert replace(config, occlusion=presets[name].occlusion, run_dir=presets[name].run_dir) == presets[name]
+        assert (config.occlusion.prob, config.occlusion.fill) == (0.5, "others")
+        same = {field: getattr(presets[name], field) for field in ("occlusion", "views", "run_dir")}
+        assert replace(config, **same) == presets[name]
+    erasing = transreid.occlusion
+    assert (erasing.fill, erasing.prob, erasing.scale, transreid.views.erasing_prob) == ("noise", 0.5, (0.02, 1 / 3), 0.0)
 
 
 def message(data, weights, run, *more) -> str:

@@ -27,7 +27,10 @@ def test_shares_and_places():
     assert area[covered].mean() == pytest.approx(0.2, abs=0.02)
     at_border = (y1 == 256) | (x0 == 0) | (x1 == 128)
     assert 0.5 < at_border[covered].mean() < 0.65
-    inside = draw_occlusions(OcclusionConfig(prob=1, scale=(0.1, 0.2), aspect=(0.9, 1.1), border_prob=0), SIZE, 1, 2, np.arange(5000))
+    shape = np.log((y1 - y0)[covered] / (x1 - x0)[covered])
+    assert np.mean(np.abs(shape) < np.log(1 / 0.3) + 0.1) > 0.95
+    assert abs(np.mean(shape)) < 0.15
+    inside = draw_occlusions(OcclusionConfig(prob=1, scale=(0.1, 0.2), aspect=(1.8, 2.2), border_prob=0), SIZE, 1, 2, np.arange(5000))
     assert np.mean(inside[:, 2] == 256) < 0.02
 
 

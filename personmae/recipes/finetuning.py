@@ -123,9 +123,13 @@ FREE_SETTINGS = (
 )
 
 
+# timm's random erasing in the mode "pixel", as TransReID's and MALE's code has it.
+PIXEL_ERASING = OcclusionConfig(prob=0.5, scale=(0.02, 1 / 3), border_prob=0.0, fill="noise")
+
+
 def transreid() -> FinetuneConfig:
     """TransReID-SSL's recipe: SGD, BNNeck, cross-entropy and soft triplet, 16 people x 4 images, 120 epochs."""
-    return FinetuneConfig()
+    return FinetuneConfig(views=ViewConfig(erasing_prob=0.0), occlusion=PIXEL_ERASING)
 
 
 def transreid_384() -> FinetuneConfig:
@@ -143,6 +147,8 @@ def male() -> FinetuneConfig:
     """MALE's recipe for masked pre-training: AdamW, layer decay 0.4, 8 people x 8 images, no neck, 100 epochs."""
     return FinetuneConfig(
         model=ReidConfig(neck="none"),
+        views=ViewConfig(erasing_prob=0.0),
+        occlusion=PIXEL_ERASING,
         loss=LossConfig(id_weight=0.5, triplet_weight=0.5),
         num_people=8,
         images_each=8,
@@ -172,8 +178,8 @@ def nano() -> FinetuneConfig:
 
 
 def occluded(config: FinetuneConfig) -> FinetuneConfig:
-    """The same recipe for occluded sets: half of the images are covered in part by another person's."""
-    return replace(config, occlusion=OcclusionConfig(prob=0.5))
+    """The same recipe for occluded sets: half of the images are covered in part by another person's, and boxes are erased with the mean colour."""
+    return replace(config, occlusion=OcclusionConfig(prob=0.5), views=replace(config.views, erasing_prob=config.views.erasing_prob or 0.5))
 
 
 _RECIPES: tuple[Callable[[], FinetuneConfig], ...] = (nano, transreid, transreid_384, transreid_jpm, male, male_lem)

@@ -26,7 +26,7 @@ class OcclusionConfig:
 
     prob: float = 0.0  # share of the images
     scale: tuple[float, float] = (0.1, 0.4)  # (least, most) covered share of the image's area
-    aspect: tuple[float, float] = (0.3, 3.3)  # (least, most) height / width of the box, as shares of the image's
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)  # (least, most) height / width of the box, log-uniform
     border_prob: float = 0.5  # share of the boxes that reach the lower border or a side, as obstacles do
     fill: Literal["others", "noise"] = "others"
 
@@ -52,6 +52,8 @@ def draw_occlusions(
     area = least + values[:, 1] * (most - least)
     lowest, highest = np.log(config.aspect)
     shape = np.exp(lowest + values[:, 2] * (highest - lowest))
+    # As shares of the image's sides.
+    shape *= size[1] / size[0]
     heights, widths = np.minimum(np.sqrt(area * shape), 1.0), np.minimum(np.sqrt(area / shape), 1.0)
     top, left = values[:, 3] * (1 - heights), values[:, 4] * (1 - widths)
     # One draw chooses the border: none, below, left or right.
