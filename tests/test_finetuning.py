@@ -1,5 +1,6 @@
 """Fine-tuning as a user meets it: whole runs of both tasks on mannequins, resumed, on two processes, and given bad input."""
 
+import importlib
 import json
 import os
 import shutil
@@ -285,6 +286,22 @@ def test_recipes_are_the_published_ones():
         assert replace(config, **same) == presets[name]
     erasing = transreid.occlusion
     assert (erasing.fill, erasing.prob, erasing.scale, transreid.views.erasing_prob) == ("noise", 0.5, (0.02, 1 / 3), 0.0)
+
+
+def test_commands_of_the_readme_are_read():
+    lines = [line.split() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+    found = []
+    for words in lines:
+        if words[:2] == ["personmae", "train"]:
+            found.append((words[2], words[3:]))
+        elif words[0] == "torchrun" and "personmae/tasks/" in " ".join(words):
+            place = next(number for number, word in enumerate(words) if word.startswith("personmae/tasks/"))
+            found.append((Path(words[place]).stem, words[place + 1 :]))
+    assert {task for task, _ in found} == {"holistic", "occluded", "usl", "uda"}
+    for task, words in found:
+        config = importlib.import_module(f"personmae.tasks.{task}").from_command_line(words)
+        assert config.data is not None
+        assert config.init is not None
 
 
 def message(data, weights, run, *more) -> str:

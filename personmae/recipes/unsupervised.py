@@ -90,9 +90,9 @@ def nano() -> UnsupervisedConfig:
         images_each=4,
         ghost_size=None,
         calibrate_neck=True,
-        optimiser=FinetuneOptimiserConfig(kind="adamw", learning_rate=3e-4, weight_decay=0.05, bias_lr_factor=1.0, layer_decay=0.75),
-        schedule=StepScheduleConfig(epochs=15, decay_every=10),
-        steps_per_epoch=60,
+        optimiser=FinetuneOptimiserConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.05, bias_lr_factor=1.0, layer_decay=0.75),
+        schedule=StepScheduleConfig(epochs=30, decay_every=20),
+        steps_per_epoch=100,
         evaluate_every=5,
     )
 
