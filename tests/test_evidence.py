@@ -53,7 +53,8 @@ def test_a_failed_part_is_said(tmp_path, capsys):
 
 
 def test_both_starts_of_a_task(mannequins, weights, tmp_path, monkeypatch, capsys):  # noqa: F811
-    small = ["--model.image-size", "64", "32", "--num-people", "4", "--schedule.epochs", "1", "--schedule.warmup-epochs", "0", "--model.stride-px", "8"]
+    short = ["--schedule.epochs", "1", "--schedule.warmup-epochs", "0"]
+    small = ["--model.image-size", "64", "32", "--num-people", "4", "--model.stride-px", "8", *short]
     command = ["finetuning.py", "--init", str(weights), "--data", str(mannequins), "--tasks", "occluded", "--seeds", "0", "1"]
     where = ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "finetuning.json")]
     monkeypatch.setattr(sys, "argv", [*command, *where, "--", *small, "--device", "cpu"])
