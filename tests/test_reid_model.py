@@ -256,7 +256,7 @@ def test_the_head_is_a_neck_and_a_classifier_for_each_feature():
     assert torch.equal(bare(features[:1]).necked[0], features[0])
     with pytest.raises(ValueError, match="zip"):
         head(features[:1])
-    for options, said in (({"num_people": 0}, "at least 1 person"), ({"num_people": 2, "ghost_size": 1}, "at least 2 samples")):
+    for options, said in (({"num_people": -1}, "num_people is -1"), ({"num_people": 2, "ghost_size": 1}, "at least 2 samples")):
         with pytest.raises(UserError, match=said):
             IdentityHeadConfig(widths=(6,), **options)
 

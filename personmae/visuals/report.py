@@ -187,10 +187,9 @@ def _curves(metrics: Metrics) -> str:
         figures.append(
             f"<figure><figcaption>{text(day.title)}</figcaption><picture>{other}{picture}</picture></figure>"
         )
-    note = (
-        "Thin line: as logged; thick line: moving mean. Kinds of patches of region B: seen in A, hidden in A, "
-        "outside A. Mean: the loss of predicting the mean, which needs no learning."
-    )
+    note = "Thin line: as logged; thick line: moving mean."
+    if any("mean_patch_loss" in row or "mean_feature_loss" in row for row in metrics.rows):
+        note += " Kinds of patches of region B: seen in A, hidden in A, outside A. Mean: the loss of predicting the mean, which needs no learning."
     others = keys_not_drawn(metrics.rows)
     rest = f'<p class="small">Also in metrics.jsonl: {text(", ".join(others))}.</p>' if others else ""
     return f'{problems}<p class="small">{note}</p><div class="charts">{"".join(figures)}</div>{rest}'
