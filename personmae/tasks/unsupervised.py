@@ -158,14 +158,8 @@ def main(config: UnsupervisedConfig) -> int:
                                 "outlier_ratio": float((labels < 0).mean()),
                             }
                             if ended and config.best_by == "test" and ((epoch + 1) % config.evaluate_every == 0 or step == total):
-                                settle_neck(scored, train, config, processes)
-                                judged = processes.from_main(
-                                    lambda: mean_average_precision(scored, [reid_set for _, reid_set in sets.tests], sets, config, device)
-                                )
+                                latest["judged_map"] = judge(scored, best, epoch + 1, sets, config, processes)
                                 model.train()
-                                latest["judged_map"] = judged
-                                if best.is_better(judged, epoch + 1) and processes.is_main:
-                                    best.save(encoder, neck, {"run": str(config.run_dir), "by": "test", AFTER_NECK: "yes", **camera_notes(sets)})
                             checkpoint_due = stopped or step == total or (ended and (epoch + 1) % config.checkpoint_every == 0)
                             values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
                             line = logbook.log(step, values, latest, wait_seconds=loader.wait_seconds, last=checkpoint_due or ended)
@@ -177,14 +171,11 @@ def main(config: UnsupervisedConfig) -> int:
                                 quarantine.add(step, [entry for entries, _ in met for entry in entries])
                                 checkpoint_due |= met[0][1]
                             if checkpoint_due:
+                                # In the middle of an epoch its clusters are part of the state; at its end they are found anew.
+                                clusters = (None, None) if ended else (torch.from_numpy(labels), memory.vectors)
+                                own = {"best": best.state(), **dict(zip(("labels", "memory"), clusters, strict=True))}
                                 with processes.main_first():
                                     if processes.is_main:
-                                        # In the middle of an epoch its clusters are part of the state; at its end they are found anew.
-                                        own = {
-                                            "best": best.state(),
-                                            "labels": None if ended else torch.from_numpy(labels),
-                                            "memory": None if ended else memory.vectors,
-                                        }
                                         writer.save(step, {**checkpoint_state(config, digest, model, None, optimiser), **own})
                                         if stopped or step == total:
                                             writer.wait()
@@ -197,6 +188,18 @@ def main(config: UnsupervisedConfig) -> int:
                     notes = {AFTER_NECK: "yes"}
                     logbook.announce(finish(config, encoder, neck, start, best, sets, device, step, total, logbook.announce, scored, notes))
             return step
+
+
+def judge(
+    model: NeckedEncoder, best: BestEpoch, epoch: int, sets: TrainingSets, config: UnsupervisedConfig, processes: Processes
+) -> float:
+    """The mAP on the test sets after an epoch (from 1), whose weights are kept if they are the best so far."""
+    settle_neck(model, sets.train, config, processes)
+    tests = [reid_set for _, reid_set in sets.tests]
+    found = processes.from_main(lambda: mean_average_precision(model, tests, sets, config, processes.device))
+    if best.is_better(found, epoch) and processes.is_main:
+        best.save(model.encoder, model.head, {"run": str(config.run_dir), "by": "test", AFTER_NECK: "yes", **camera_notes(sets)})
+    return found
 
 
 def plan_of(train: LabelledImages, labels: npt.NDArray[np.int64], config: UnsupervisedConfig) -> IdentityPlan:
