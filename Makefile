@@ -84,7 +84,7 @@ STARTS_PROGRAMS := tests/test_layout.py tests/test_demo.py tests/test_pretrain.p
 # What starts programs, twice: with PYTHONSAFEPATH=1 the folder of a started program is not on the path, as some launchers have it.
 test: $(READY)
 	# One process for each core, the tests of a file together; torch's own threads would only crowd them.
-	parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n auto --dist loadfile" || true)
+	parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n auto --dist loadfile --no-loadscope-reorder" || true)
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 	PYTHONSAFEPATH=1 $(PY) -m pytest -q $$parallel $(STARTS_PROGRAMS)
 	$(PY) -m pytest --durations=20 $$parallel $(ARGS)
