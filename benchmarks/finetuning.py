@@ -52,7 +52,9 @@ def main() -> None:
                 for model in dict.fromkeys(row["model"] for row in own):
                     found = {key: spread([100 * row[key] for row in own if row["model"] == model]) for key in ("mAP", "rank1")}
                     print(f"{task:9} {start:13} {model:16} mAP {found['mAP']} %, rank-1 {found['rank1']} %", flush=True)
-    write_result(options.output, "finetuning", vars(options), rows)
+    # Where things lie on this machine is nobody's business.
+    places = {name: Path(value).name for name in ("init", "data", "occluded", "source") if (value := getattr(options, name)) is not None}
+    write_result(options.output, "finetuning", {**vars(options), **places}, rows)
     print(f"written to {options.output}")
 
 

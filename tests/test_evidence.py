@@ -59,7 +59,9 @@ def test_both_starts_of_a_task(mannequins, weights, tmp_path, monkeypatch, capsy
     where = ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "finetuning.json")]
     monkeypatch.setattr(sys, "argv", [*command, *where, "--", *small, "--device", "cpu"])
     finetuning.main()
-    rows = json.loads((tmp_path / "finetuning.json").read_text())["results"]
+    text = (tmp_path / "finetuning.json").read_text()
+    assert str(weights.parent) not in text
+    rows = json.loads(text)["results"]
     assert {(row["start"], row["seed"], row["model"]) for row in rows} == {
         (start, seed, model)
         for start in ("pre-trained", "from nothing")
