@@ -1,9 +1,10 @@
 """The ways from JPEG files to batches that `loading.py` times, each as an iterator of batches that is open for a while.
 
     usual           PIL and torchvision's transforms v2 in PyTorch's DataLoader, one worker for each core: what public ReID and MAE code has
-    threads         the loader of a run on a CPU
-    threads, 2 pairs; 4 pairs    the same with so many pairs of regions from each decoded image (--data.repeats)
-    threads, decoded             the same from a file of decoded pixels (--data.loader.decoded-dir)
+    threads         the loader of a run on few cores: one thread for each, in one process
+    processes       the loader of a run on many cores: one process for each
+    threads, 2 pairs; 4 pairs    the same with so many pairs of regions from each decoded image (--data.repeats); processes likewise
+    threads, decoded             the same from a file of decoded pixels (--data.loader.decoded-dir); processes likewise
     dali, cpu       DALI with all of it on the CPU
     dali, gpu; dali, mixed       DALI that crops on the GPU, and decodes on the CPU or by nvJPEG
 """
@@ -28,8 +29,8 @@ from personmae.data.loaders import LoaderConfig, has_dali, open_loader
 from personmae.data.plan import Plan
 from personmae.data.region_draws import RegionConfig
 
-REPEATS = {"threads, 2 pairs": 2, "threads, 4 pairs": 4}
-WAYS = ("usual", "threads", *REPEATS, "threads, decoded", "dali, cpu", "dali, gpu", "dali, mixed")
+REPEATS = {"threads, 2 pairs": 2, "threads, 4 pairs": 4, "processes, 4 pairs": 4}
+WAYS = ("usual", "threads", "processes", *REPEATS, "threads, decoded", "processes, decoded", "dali, cpu", "dali, gpu", "dali, mixed")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def open_way(way: str, task: Task, num_cores: int, num_batches: int, first_step:
     plan = Plan(task.index.heights, task.index.widths, task.batch_size, 0, task.regions, repeats=repeats)
     kind, _, detail = way.partition(", ")
     config = LoaderConfig(
-        kind="dali" if kind == "dali" else "threads" if detail != "decoded" else "auto",
+        kind=kind,  # type: ignore[arg-type]
         num_threads=num_cores,
         cache_gib=0.0,
         dali_decode="mixed" if detail == "mixed" else "cpu",

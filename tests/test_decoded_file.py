@@ -107,5 +107,5 @@ def test_mistakes(index, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     with pytest.raises(UserError, match=r"has 0\.00 GiB free, and the decoded images take 0\.\d+ GiB: make room"):
         opened(index, tmp_path / "decoded")
-    with pytest.raises(UserError, match="decoded_dir is for the threads loader"):
+    with pytest.raises(UserError, match="decoded_dir is for the threads and processes loaders"):
         LoaderConfig(kind="dali", decoded_dir=tmp_path)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +31,11 @@ _CURE = "make room or give write permission there, choose another --data.loader.
 
 @dataclass(frozen=True)
 class DecodedFile:
-    """pixels: uint8 [sum of H W 3], mapped from the file. starts: int64 [N], where an image begins there; -1: it could not be decoded."""
+    """path: of the file; a pickled one is mapped again. pixels: uint8 [sum of H W 3], mapped from it. starts: int64 [N], where an image begins there;
+    -1: it could not be decoded."""
 
     index: ImageIndex
+    path: Path
     pixels: UInt8Array = field(repr=False)
     starts: npt.NDArray[np.int64] = field(repr=False)
 
@@ -44,6 +47,9 @@ class DecodedFile:
         shape = int(self.index.heights[sample]), int(self.index.widths[sample]), 3
         return self.pixels[start : start + shape[0] * shape[1] * 3].reshape(shape)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _map_file, (self.index, self.path)
+
 
 def open_decoded(index: ImageIndex, folder: Path, num_threads: int, announce: Callable[[str], None] = print, *, progress: bool = True) -> DecodedFile:
     """The decoded images of an index, from `folder`; where they are not there yet they are written, by one process while others wait.
@@ -52,7 +58,7 @@ def open_decoded(index: ImageIndex, folder: Path, num_threads: int, announce: Ca
     UserError if the disk has no room or refuses.
     """
     folder = folder.expanduser().absolute()
-    lengths = 3 * index.heights.astype(np.int64) * index.widths
+    lengths = image_lengths(index)
     total = int(lengths.sum())
     path = folder / f"{index.digest()}.u8"
     try:
@@ -72,11 +78,22 @@ def open_decoded(index: ImageIndex, folder: Path, num_threads: int, announce: Ca
     finally:
         os.close(lock)
     announce(f"decoded images: {total / 2**30:.2f} GiB in {path}, {'decoded now' if is_new else 'as they were decoded before'}")
+    return _map_file(index, path)
+
+
+def image_lengths(index: ImageIndex) -> npt.NDArray[np.int64]:
+    """Bytes of each decoded image, int64 [N]."""
+    return 3 * index.heights.astype(np.int64) * index.widths
+
+
+def _map_file(index: ImageIndex, path: Path) -> DecodedFile:
+    lengths = image_lengths(index)
+    total = int(lengths.sum())
     # Copy on write: nothing that is written to the pixels reaches the file, and PyTorch takes them as they are.
     content = np.memmap(path, dtype=np.uint8, mode="c")
     readable = np.asarray(content[total:]).astype(bool)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return DecodedFile(index, content[:total], np.where(readable, starts, -1))
+    return DecodedFile(index, path, content[:total], np.where(readable, starts, -1))
 
 
 def _is_whole(path: Path, total: int, num_images: int) -> bool:

@@ -39,15 +39,16 @@ Content = TypeVar("Content")
 class LoaderConfig:
     """How images get from files to the training step.
 
-    kind: "dali", "threads", or "auto": DALI where training runs on CUDA and DALI is installed, else threads. num_threads: 0 = the cores this process
-    may use, shared among the processes of this machine. prefetch: batches made ahead. dali_decode: where DALI decodes JPEGs, "cpu" (bit-equal to the
-    threads loader's) or "mixed" (nvJPEG on the GPU). cache_gib: the threads loader keeps all decoded images in memory if they fit in this many GiB
-    per process. decoded_dir: a folder where it keeps them all in one file instead, shared by the processes of the machine; see `decoded_file`.
-    retries: further tries at a read that fails, the first after retry_seconds, each later one after four times as long. max_bad_ratio: the run stops
-    when more than this fraction of all images turned out to be unreadable after indexing.
+    kind: "dali", "threads", "processes", or "auto": DALI where training runs on CUDA and DALI is installed, else threads of this process while they
+    are few, and processes of one thread each where there are more (Python's lock lets through what few threads do, not what many do). num_threads:
+    of them; 0 = the cores this process may use, shared among the processes of this machine. prefetch: batches made ahead. dali_decode: where DALI
+    decodes JPEGs, "cpu" (bit-equal to the threads loader's) or "mixed" (nvJPEG on the GPU). cache_gib: the other loaders keep all decoded images in
+    memory if they fit in this many GiB per training process. decoded_dir: a folder where it keeps them all in one file instead, shared by the
+    processes of the machine; see `decoded_file`. retries: further tries at a read that fails, the first after retry_seconds, each later one after
+    four times as long. max_bad_ratio: the run stops when more than this fraction of all images turned out to be unreadable after indexing.
     """
 
-    kind: Literal["auto", "threads", "dali"] = "auto"
+    kind: Literal["auto", "threads", "processes", "dali"] = "auto"
     num_threads: int = 0
     prefetch: int = 2
     dali_decode: Literal["cpu", "mixed"] = "cpu"
@@ -58,7 +59,7 @@ class LoaderConfig:
     max_bad_ratio: float = 0.01
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", ("auto", "threads", "dali")), ("dali_decode", ("cpu", "mixed"))):
+        for name, allowed in (("kind", ("auto", "threads", "processes", "dali")), ("dali_decode", ("cpu", "mixed"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name, least, most in (
@@ -73,7 +74,7 @@ class LoaderConfig:
             if not least <= value <= most:
                 raise UserError(f"{name} is {value}; it must lie between {least} and {most}")
         if self.kind == "dali" and self.decoded_dir is not None:
-            raise UserError("decoded_dir is for the threads loader, and kind is dali: leave one of them out")
+            raise UserError("decoded_dir is for the threads and processes loaders, and kind is dali: leave one of them out")
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ import torch
 from personmae.data.delivery import Failure, Loader, LoaderConfig, PartPlan, Prepared, RegionBatch, assemble, fetch_or_replace, with_replacements
 from personmae.data.image_index import ImageIndex
 from personmae.data.images import ANTIALIAS_FROM, ERASED_COLOUR, UInt8Array, blur_windows, decode
-from personmae.data.loader_threads import RowPainter
 from personmae.data.plan import BatchPlan, Plan
+from personmae.data.row_painter import RowPainter
 from personmae.data.thread_pool import ThreadPool
 
 # So many batches in a row that DALI fails on are no longer about the images.

@@ -18,6 +18,8 @@ from personmae.data.streamed_storage import StreamedStorage
 
 __all__ = ["Loader", "LoaderConfig", "RegionBatch", "open_loader"]
 
+# Beyond these, threads of one process wait for Python's lock more than they work.
+MOST_THREADS = 4
 _DALI_COMMAND = "pip install nvidia-dali-cuda120"
 
 
@@ -60,7 +62,7 @@ def open_loader(
         ahead = ShardsAhead(index.storage, plan, first_step, last_step, max(1, index.storage.fetches // sharers))
         parts = ahead.watch(parts)
     num_threads = config.num_threads or max(1, available_cores() // sharers)
-    kind, why = choose_loader(config.kind, device) if config.decoded_dir is None else ("threads", "images are decoded already")
+    kind, why = choose_loader(config.kind, device, num_threads, is_decoded=config.decoded_dir is not None)
     loader: Loader
     if kind == "dali":
         # DALI is optional, and slow to import.
@@ -71,25 +73,30 @@ def open_loader(
         decoded = None
         if config.decoded_dir is not None and first_step < last_step:
             decoded = open_decoded(index, config.decoded_dir, num_threads, announce)
-        loader = ThreadLoader(index, plan, config, parts, size=size, device=device, num_threads=num_threads, decoded=decoded)
+        loader = ThreadLoader(
+            index, plan, config, parts, size=size, device=device, num_threads=num_threads, in_processes=kind == "processes", decoded=decoded
+        )
     if ahead is not None:
         loader.ends_with(ahead.close)
     announce(f"loader: {loader.description} ({why})")
     return loader
 
 
-def choose_loader(kind: str, device: torch.device) -> tuple[str, str]:
-    """The loader for a kind of `LoaderConfig` and a training device: ("dali" or "threads", why). Raises UserError if DALI is asked for and
-    missing."""
+def choose_loader(kind: str, device: torch.device, num_threads: int, *, is_decoded: bool = False) -> tuple[str, str]:
+    """The loader for a kind of `LoaderConfig`, a training device and so many threads: ("dali", "threads" or "processes", why). is_decoded: images lie
+    in a file of pixels. Raises UserError if DALI is asked for and missing."""
     if kind == "dali" and not has_dali():
         raise UserError(f'the loader "dali" needs NVIDIA DALI, which is not installed: {_DALI_COMMAND}, or choose the loader "threads"')
     if kind != "auto":
         return kind, "as asked"
+    on_host = "threads" if num_threads <= MOST_THREADS else "processes"
+    if is_decoded:
+        return on_host, "images are decoded already"
     if device.type != "cuda":
-        return "threads", "the faster one on a CPU"
+        return on_host, "the faster one on a CPU"
     if has_dali():
         return "dali", "decodes on the CPU, crops and resizes on the GPU"
-    return "threads", f"DALI is not installed; to use it: {_DALI_COMMAND}"
+    return on_host, f"DALI is not installed; to use it: {_DALI_COMMAND}"
 
 
 def has_dali() -> bool:

@@ -57,6 +57,24 @@ class BatchPlan:
         height, width = size
         return np.rint(self.erase_fractions * np.array([height, width, height, width], dtype=np.float32)).astype(np.int32)
 
+    def cut(self, rows: slice) -> BatchPlan:
+        """The plan of some rows alone, its arrays views of this one's."""
+
+        def option(array: Any) -> Any:
+            return None if array is None else array[rows]
+
+        return BatchPlan(
+            epoch=self.epoch,
+            samples=self.samples[rows],
+            copies=self.copies[rows],
+            boxes=self.boxes[rows],
+            flips=self.flips[rows],
+            colour=option(self.colour),
+            blur_sigma=option(self.blur_sigma),
+            shifts=option(self.shifts),
+            erase_fractions=option(self.erase_fractions),
+        )
+
     def with_rows(self, rows: Int64Array, other: BatchPlan) -> BatchPlan:
         """This plan with the samples at positions `rows` (int64 [R]) replaced by those of `other` (R samples of the
         same epoch)."""

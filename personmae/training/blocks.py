@@ -13,6 +13,7 @@ from torch import nn
 
 from personmae.models.vit import Blocks
 
+MOST_COMPILATIONS = 128
 CompileKind = Literal["auto", "yes", "no"]
 
 
@@ -42,6 +43,9 @@ def set_blocks(module: nn.Module, *, compiled: bool, checkpointing: bool, backen
         if isinstance(part, Blocks):
             part.checkpointing = checkpointing
             for block in part if compiled else ():
+                # Kinds of blocks share the code that is compiled, and so do the models that follow each other in one process (a sweep, a notebook);
+                # after 8 compilations of it torch.compile would end with an error.
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
                 block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
