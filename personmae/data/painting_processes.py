@@ -185,7 +185,8 @@ def _start_worker(inherited: list[int], scratch: tuple[int, ...]) -> _Worker:
             # as it inherits it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             try:
-                process = subprocess.Popen(command, pass_fds=[theirs.fileno(), memory, *inherited], stdin=subprocess.DEVNULL, env=worker_environment())
+                kept = [theirs.fileno(), memory, *inherited]
+                process = subprocess.Popen(command, pass_fds=kept, stdin=subprocess.DEVNULL, env=worker_environment())
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             rows = np.frombuffer(mmap.mmap(memory, num_bytes), dtype=np.uint8).reshape(scratch)

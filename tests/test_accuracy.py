@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evidence, finetuning
+from benchmarks import finetuning
+from benchmarks._parts import Part, Parts, no_rows
 from tests.test_finetuning import mannequins, weights  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
     small = ["--num-train-ids", "12", "--num-test-ids", "5", "--num-unlabelled", "40", "--pretrain-steps", "2", "--epochs", "1", "--seeds", "3"]
-    command = [sys.executable, "benchmarks/evidence.py", "--folder", str(folder), *small, "--output", str(folder / "evidence.json"), *more]
+    command = [sys.executable, "benchmarks/accuracy.py", "--folder", str(folder), *small, "--output", str(folder / "accuracy.json"), *more]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
@@ -29,7 +30,7 @@ def test_parts_add_up(tmp_path):
     assert second.returncode == 0, second.stdout + second.stderr
     ended = [line for line in second.stdout.splitlines() if ": done in" in line]
     assert sorted(line.split(":")[0] for line in ended) == ["holistic-scratch-seed3", "zero-shot-personmae-seed3"]
-    record = json.loads((tmp_path / "evidence.json").read_text())
+    record = json.loads((tmp_path / "accuracy.json").read_text())
     found = {(row["task"], row["start"], row["model"]): row for row in record["results"]}
     for start in ("scratch", "personmae"):
         for model in ("initial weights", "last epoch", "best epoch"):
@@ -41,15 +42,18 @@ def test_parts_add_up(tmp_path):
 
 
 def test_a_failed_part_is_said(tmp_path, capsys):
-    where = ("--data", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run"))
-    arguments = ("train", "holistic", "nano", "--init", "random:vit-nano", *where)
-    part = evidence.Part("holistic", "scratch", 0, tmp_path / "run", arguments)
-    for name in ("results", "logs"):
-        (tmp_path / name).mkdir()
-    assert evidence.run_part(part, tmp_path) is False
-    assert "holistic-scratch-seed0: failed (2)" in capsys.readouterr().out
+    arguments = ("train", "holistic", "nano", "--init", "random:vit-nano", "--data", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run"))
+    part = Part("holistic-scratch-seed0", {}, ("-m", "personmae", *arguments), no_rows)
+    never = Part("never", {}, (), no_rows)
+    parts = Parts(tmp_path, jobs=1)
+    parts.run([part])
+    assert parts.failed == [part.name]
+    assert parts.rows([part, never]) == []
+    assert not parts.say_what_is_not_there([part, never])
+    said = capsys.readouterr().out
+    assert "holistic-scratch-seed0: failed (2)" in said
+    assert "missing: never" in said
     assert "nowhere" in (tmp_path / "logs" / "holistic-scratch-seed0.txt").read_text()
-    assert evidence.rows_of(part, tmp_path) == []
 
 
 def test_both_starts_of_a_task(mannequins, weights, tmp_path, monkeypatch, capsys):  # noqa: F811
