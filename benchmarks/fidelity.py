@@ -133,7 +133,7 @@ def judge(way: str, losses: list[dict[str, Any]], scores: list[dict[str, Any]]) 
     ranges = [max(window) - min(window) for window in zip(*plain.values(), strict=True)]
     pairs = [(a, b, width) for seed, windows in ours.items() for a, b, width in zip(windows, plain[seed], ranges, strict=True)]
     difference = max(abs(a - b) / b for a, b, _ in pairs)
-    share = max(abs(a - b) / width for a, b, width in pairs) if len(plain) > 1 else None
+    share = max(abs(a - b) / max(width, 1e-12) for a, b, width in pairs) if len(plain) > 1 else None
     ours_map, plain_map = (
         [row["mAP"] for row in scores if row["way"] == name and row["model"] == "mean, whitened"] for name in (way, "plain")
     )

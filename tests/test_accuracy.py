@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import finetuning
+from benchmarks import ablations, fidelity, finetuning
 from benchmarks._parts import Part, Parts, no_rows
 from tests.test_finetuning import mannequins, weights  # noqa: F401  (fixtures)
 
@@ -54,6 +54,64 @@ def test_a_failed_part_is_said(tmp_path, capsys):
     assert "holistic-scratch-seed0: failed (2)" in said
     assert "missing: never" in said
     assert "nowhere" in (tmp_path / "logs" / "holistic-scratch-seed0.txt").read_text()
+
+
+def test_variants_at_equal_steps_and_time(tmp_path, monkeypatch, capsys):
+    """Predicting pixels alone takes less time a step, so there is a run with more of them; the variant that fails keeps no other from its scores."""
+    broken = {"A1 target A": ("--model.target-region", "nowhere")}
+    monkeypatch.setattr(ablations, "VARIANTS", {**ablations.VARIANTS, **broken})
+    monkeypatch.setattr(ablations, "SETS", {"occluded": "occluded"})
+    # As on a machine where one is half as fast again.
+    monkeypatch.setattr(ablations, "steps_in_equal_time", lambda rows, steps: {"A4 pixels only": steps + 1})
+    small = ["--num-unlabelled", "40", "--num-test-ids", "5", "--steps", "2", "--seeds", "3", "--output", str(tmp_path / "ablations.json")]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--folder", str(tmp_path), *small, "--variants", "A4 pixels only", "A1 target A"])
+    assert ablations.main() == 1
+    said = capsys.readouterr().out
+    assert "failed: A1-target-A-equal-steps-seed3" in said
+    record = json.loads((tmp_path / "ablations.json").read_text())
+    runs = {(row["variant"], row["equal"], row["steps"]) for row in record["results"]}
+    assert runs == {("full", "steps", 2), ("A4 pixels only", "steps", 2), ("A4 pixels only", "time", 3)}
+    assert {row["set"] for row in record["results"]} == {"occluded"}
+    lines = [line.split(" | ") for line in said.splitlines() if line.startswith("| A") or line.startswith("| full")]
+    full, pixels, target = lines
+    assert full[1] == full[3].removesuffix(" |") != "missing"
+    assert pixels[1] != pixels[3].removesuffix(" |")
+    assert (pixels[2], target[1]) == ("3", "missing")
+
+
+def test_steps_in_equal_time():
+    speeds = [("full", 100.0), ("full", 80.0), ("full", 101.0), ("a", 150.0), ("b", 104.0)]
+    rows = [{"variant": name, "images_per_second": speed} for name, speed in speeds]
+    assert ablations.steps_in_equal_time(rows, 1000) == {"a": 1500}
+    assert ablations.steps_in_equal_time(rows[3:], 1000) == {}
+
+
+def test_the_fast_path_is_judged_by_the_plain_one(tmp_path, monkeypatch, capsys):
+    small = ["--num-unlabelled", "40", "--num-test-ids", "5", "--steps", "3", "--seeds", "1", "--batch-size", "4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "--folder", str(tmp_path), *small, "--output", str(tmp_path / "fidelity.json")])
+    assert fidelity.main() == 0
+    assert "not measured: needs a GPU" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "fidelity.json").read_text())["results"]
+    verdicts = {row["judged"]: row for row in rows if "judged" in row}
+    assert set(verdicts) == {"fast-loader", "bf16"}
+    # Other pixels and other roundings, but nearly the same.
+    assert all(0 < verdict["largest_difference"] < 0.01 for verdict in verdicts.values())
+
+
+def test_verdicts():
+    runs = [("plain", seed, 0.0) for seed in (0, 1)] + [("far", seed, 0.01) for seed in (0, 1)]
+    losses = [{"way": way, "seed": seed, "window_losses": [1.0 + 0.1 * seed, 0.5 + shift]} for way, seed, shift in runs]
+    scores = [{"way": way, "seed": seed, "model": "mean, whitened", "mAP": 0.3 + 0.1 * seed} for way in ("plain", "far") for seed in (0, 1)]
+    verdict = fidelity.judge("far", losses, scores)
+    assert verdict["largest_difference"] == pytest.approx(0.02)
+    assert not verdict["holds"]
+    assert "DIFFERS" in fidelity.in_words(verdict)
+    losses = [{**row, "window_losses": [row["window_losses"][0], 0.5 + 0.1 * row["seed"] + (0.001 if row["way"] == "far" else 0)]} for row in losses]
+    verdict = fidelity.judge("far", losses, scores)
+    assert (verdict["largest_difference"], verdict["largest_share_of_spread"]) == (pytest.approx(0.002), pytest.approx(0.01))
+    assert verdict["holds"]
+    worse = [{**row, "mAP": row["mAP"] - 0.2} if row["way"] == "far" else row for row in scores]
+    assert not fidelity.judge("far", losses, worse)["holds"]
 
 
 def test_both_starts_of_a_task(mannequins, weights, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -10,7 +10,7 @@ from personmae.models.teacher import TeacherConfig, build_teacher
 from personmae.models.vit import VitConfig
 from personmae.training.blocks import choose_compilation, set_blocks, uncompiled
 from tests.test_masked import inputs
-from tests.test_vit import random_encoder, random_images
+from tests.test_vit import as_pixels, random_encoder, random_images
 
 ENCODER = VitConfig(image_size=(64, 32), patch_px=8, width=32, depth=3, num_heads=2)
 
@@ -122,3 +122,14 @@ def test_a_compiled_training_step_with_stochastic_depth():
     assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(found[0][0], found[1][0], strict=True))
     assert found[0][1].keys() == found[1][1].keys()
     assert all(torch.allclose(gradient, found[1][1][name], atol=1e-3, rtol=1e-3) for name, gradient in found[0][1].items())
+
+
+def test_many_models_of_one_process_are_compiled():
+    """As in a sweep: after 8 of them torch.compile used to end with an error."""
+    for depth, width in enumerate(range(16, 16 + 8 * 10, 8), 1):
+        encoder = VitConfig(image_size=(32, 16), patch_px=8, width=width, depth=1, num_heads=1)
+        model = random_encoder(encoder, seed=depth)
+        set_blocks(model, compiled=True, checkpointing=False, backend="eager")
+        images = random_images(2, encoder.image_size)
+        with torch.no_grad():
+            assert torch.isfinite(model(as_pixels(images))).all()

@@ -1,9 +1,12 @@
 """Both loaders against the plan, against each other, and against files that go bad while they run."""
 
+import contextlib
 import importlib.util
 import itertools
 import math
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +28,7 @@ from personmae.data.images import UnreadableImage, read_image, sample_box
 from personmae.data.loaders import LoaderConfig, open_loader
 from personmae.data.plan import Plan
 from personmae.data.region_draws import RegionConfig
+from personmae.data.worker_environment import worker_environment
 from tests.bad_images import HEIGHT, WIDTH, encoded, picture, readable_samples, spoil, write_corpus, write_people
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -190,30 +194,91 @@ def test_processes_draw_what_threads_draw(cache_gib, people):
     assert_equal_batches(reference, batches(people, plan, config_of("processes", cache_gib=cache_gib), last=3))
 
 
-def test_a_process_that_dies_is_said(people, monkeypatch):
-    workers = []
+def members(group: int) -> list[int]:
+    """The processes of a group that run, in their order."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = (folder / "stat").read_text().rsplit(") ", 1)[1].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(folder.name))
+    return sorted(found)
 
-    start = painting_processes._start_worker
+
+def all_end(group: int) -> bool:
+    """Whether the processes of a group end soon."""
+    last_time = time.monotonic() + 20
+    while members(group) and time.monotonic() < last_time:
+        time.sleep(0.05)
+    return not members(group)
+
+
+@pytest.mark.parametrize("victim", ["process", "program"])
+def test_a_process_that_dies_is_said(victim, people, monkeypatch):
+    programs = []
+    start = painting_processes._start
 
     def noted(*arguments):
-        worker = start(*arguments)
-        workers.append(worker.process)
-        return worker
+        program, workers = start(*arguments)
+        programs.append(program)
+        return program, workers
 
-    monkeypatch.setattr(painting_processes, "_start_worker", noted)
+    monkeypatch.setattr(painting_processes, "_start", noted)
     options = {"size": SIZE, "device": CPU, "first_step": 0, "last_step": 10_000, "announce": ignore}
     with open_loader(people, plan_of(people), config_of("processes"), **options) as loader:
         next(loader)
+        group = programs[0].pid
+        program, *workers = members(group)
+        assert program == group
         assert len(workers) == 2
-        # What a terminal and a job scheduler send to all, they leave to the process that trains.
-        workers[0].send_signal(signal.SIGINT)
-        workers[1].send_signal(signal.SIGTERM)
+        # What a terminal sends to the group of the training process does not reach them; what a job scheduler sends to all, they leave to it.
+        assert os.getpgid(workers[0]) != os.getpgid(0)
+        for process in (program, *workers):
+            os.kill(process, signal.SIGTERM)
         for _ in range(20):
             next(loader)
-        workers[0].kill()
+        if victim == "process":
+            os.kill(workers[0], signal.SIGKILL)
+        else:
+            os.killpg(group, signal.SIGKILL)
         with pytest.raises(UserError, match=r"a process of the loader has ended, signal 9: .*--data.loader.num-threads"):
             list(loader)
-    assert [worker.returncode for worker in workers] == [-signal.SIGKILL] * 2
+    assert all_end(group)
+
+
+def test_processes_end_with_the_process_that_trains(people, tmp_path):
+    program = """
+import sys
+from pathlib import Path
+import torch
+from personmae.data import painting_processes
+from personmae.data.image_index import build_index
+from personmae.data.loaders import LoaderConfig, open_loader
+from personmae.data.plan import Plan
+from personmae.data.region_draws import RegionConfig
+
+start = painting_processes._start
+def noted(*arguments):
+    program, workers = start(*arguments)
+    print(program.pid, flush=True)
+    return program, workers
+painting_processes._start = noted
+index = build_index(Path(sys.argv[1]), Path(sys.argv[2]), progress=False, announce=lambda line: None)
+plan = Plan(index.heights, index.widths, 12, 1, RegionConfig())
+config = LoaderConfig(kind="processes", num_threads=2)
+loader = open_loader(index, plan, config, size=(64, 32), device=torch.device("cpu"), first_step=0, last_step=10**6, announce=lambda line: None)
+next(loader)
+print("ready", flush=True)
+while True:
+    next(loader)
+"""
+    command = [sys.executable, "-c", program, str(people.root), str(tmp_path / "index")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=worker_environment()) as trainer:
+        group, ready = int(trainer.stdout.readline()), trainer.stdout.readline()
+        assert ready == "ready\n"
+        assert len(members(group)) == 3
+        trainer.kill()
+    assert all_end(group)
 
 
 @both_loaders

@@ -1,7 +1,8 @@
-"""Programs of one thread each that draw rows of a plan, and hand them over in memory that they share with the process that trains.
+"""Processes of one thread each that draw rows of a plan, and hand them over in memory that they share with the process that trains.
 
 Threads of one process come to nothing where they are many: each image takes some twenty calls that give Python's lock away and want it back, and on
-16 cores the threads wait for it most of the time. What a program needs to know of the images lies in memory once, however many programs there are.
+16 cores the threads wait for it most of the time. One program of its own (`painting_worker`) imports what drawing needs and then forks them, so they
+are ready after a few seconds however many they are, and what they have to know of the images lies in memory once.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from personmae.data.shared_pixels import SharedPixels
 from personmae.data.worker_environment import worker_environment
 
 Images = ImageIndex | DecodedFile | SharedPixels
+# What the program adds to the number of the signal that ended one of its processes, in its own status.
+SIGNALLED = 128
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a program is told once. lengths: bytes of the arrays that follow each other in the shared memory of `columns`. images: pickled, without
+    """What a process is told once. lengths: bytes of the arrays that follow each other in the shared memory of `columns`. images: pickled, without
     those arrays. scratch: (R, rows, H, W, 3), where it draws. repeats: rows of each image."""
 
     columns: int
@@ -57,7 +60,7 @@ class Drawn:
 
 
 class PaintingProcesses:
-    """Draws rows like `RowPainter`, on `num_processes` programs; any number of threads may ask.
+    """Draws rows like `RowPainter`, on `num_processes` processes; any number of threads may ask.
 
     images: where pixels come from. size: (H, W) of the regions. num_regions: R. rows_at_once: most rows of one call. repeats: rows of each image.
     """
@@ -74,17 +77,16 @@ class PaintingProcesses:
         num_processes: int,
     ) -> None:
         self._scratch_shape = (num_regions, rows_at_once, *size, 3)
-        self._workers: list[_Worker] = []
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._program: subprocess.Popen[bytes] | None = None
         columns = os.memfd_create("personmae columns")
         with ExitStack() as stack:
             stack.callback(self.close)
             stack.callback(os.close, columns)
             setup = _setup(images, config, columns, self._scratch_shape, repeats)
             inherited = [columns, images.descriptor] if isinstance(images, SharedPixels) else [columns]
-            for _ in range(num_processes):
-                self._workers.append(_start_worker(inherited, self._scratch_shape))
-            for worker in self._workers:
+            self._program, workers = _start(num_processes, self._scratch_shape, inherited)
+            for worker in workers:
                 with suppress(OSError):
                     worker.connection.send(setup)
                 self._free.put(worker)
@@ -94,14 +96,14 @@ class PaintingProcesses:
     def paint(self, planned: BatchPlan, rows: range, pixels: UInt8Array) -> list[int]:
         """Draws some rows of a batch into pixels, uint8 [R, B, H, W, 3], which other threads may be drawing into elsewhere.
 
-        Returns the first rows of images that could not be read, whose pixels stay as they were. Raises UserError if a program has died.
+        Returns the first rows of images that could not be read, whose pixels stay as they were. Raises UserError if a process has died.
         """
         worker = self._free.get()
         try:
             worker.connection.send(planned.cut(slice(rows.start, rows.stop)))
             answer = worker.connection.recv()
         except (EOFError, OSError) as error:
-            raise UserError(f"a process of the loader has ended, {worker.ending()}") from error
+            raise UserError(f"a process of the loader has ended, {self._ending()}") from error
         else:
             if answer.problem is not None:
                 raise UserError(answer.problem)
@@ -111,26 +113,28 @@ class PaintingProcesses:
             self._free.put(worker)
 
     def close(self) -> None:
-        """Ends the programs, whatever they are doing: they write to nothing but their memory."""
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
+        """Ends the processes, whatever they are doing: they write to nothing but their memory."""
+        if self._program is not None:
+            # The program and all that it has forked are a group.
+            with suppress(ProcessLookupError):
+                os.killpg(self._program.pid, signal.SIGKILL)
+            self._program.wait()
+
+    def _ending(self) -> str:
+        """How one ended, for people, and what may help: the program that forked them ends with the first."""
+        assert self._program is not None
+        fewer = "resume with fewer (--data.loader.num-threads), or with --data.loader.kind threads"
+        try:
+            status = self._program.wait(5)
+        except subprocess.TimeoutExpired:
+            return f"or does not answer: {fewer}"
+        number = status - SIGNALLED if status > SIGNALLED else -status
+        return f"signal {number}: was it killed for memory? Then {fewer}" if number > 0 else f"status {status}: its own message stands above"
 
 
 class _Worker(NamedTuple):
-    process: subprocess.Popen[bytes]
     connection: Connection
     scratch: UInt8Array  # [R, rows, H, W, 3]
-
-    def ending(self) -> str:
-        """How it ended, for people, and what may help."""
-        fewer = "resume with fewer (--data.loader.num-threads), or with --data.loader.kind threads"
-        try:
-            status = self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            return f"it does not answer: {fewer}"
-        return f"signal {-status}: was it killed for memory? Then {fewer}" if status < 0 else f"status {status}: its own message stands above"
 
 
 class _Pickler(pickle.Pickler):
@@ -163,7 +167,7 @@ def _setup(images: Images, config: LoaderConfig, columns: int, scratch: tuple[in
 
 
 def restore_images(setup: Setup) -> Images:
-    """In a program: the images, their arrays being the shared memory."""
+    """In such a process: the images, their arrays being the shared memory."""
     padded = [length + -length % _ALIGNMENT for length in setup.lengths]
     content = memoryview(mmap.mmap(setup.columns, sum(padded), access=mmap.ACCESS_READ)) if sum(padded) else memoryview(b"")
     starts = np.cumsum([0, *padded])
@@ -171,25 +175,30 @@ def restore_images(setup: Setup) -> Images:
     return pickle.loads(setup.images, buffers=buffers)
 
 
-def _start_worker(inherited: list[int], scratch: tuple[int, ...]) -> _Worker:
-    """A program of its own, not a fork (this process has threads) and not multiprocessing's spawn (which runs the user's script again)."""
-    ours, theirs = socket.socketpair()
-    memory = os.memfd_create("personmae rows")
+def _start(num_processes: int, scratch: tuple[int, ...], inherited: list[int]) -> tuple[subprocess.Popen[bytes], list[_Worker]]:
+    """The program and the processes that it forks. Not a fork of this process, which has threads, and not multiprocessing's spawn, which runs the
+    user's script again."""
     num_bytes = int(np.prod(scratch))
-    try:
-        # Their end stays open in the worker alone, so that ours tells when it has died.
-        with ours, theirs:
+    workers = []
+    with ExitStack() as stack:
+        pairs = []
+        for _ in range(num_processes):
+            # Their end stays open in its process alone, so that ours tells when that has died.
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            memory = os.memfd_create("personmae rows")
+            stack.callback(os.close, memory)
             os.ftruncate(memory, num_bytes)
-            command = [sys.executable, "-P", "-m", "personmae.data.painting_worker", str(theirs.fileno()), str(memory)]
-            # These reach all programs of a terminal or a job, and the one that trains decides what to do about them. The program keeps them blocked,
-            # as it inherits it.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-            try:
-                kept = [theirs.fileno(), memory, *inherited]
-                process = subprocess.Popen(command, pass_fds=kept, stdin=subprocess.DEVNULL, env=worker_environment())
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            pairs += [theirs.fileno(), memory]
             rows = np.frombuffer(mmap.mmap(memory, num_bytes), dtype=np.uint8).reshape(scratch)
-            return _Worker(process, Connection(os.dup(ours.fileno())), rows)
-    finally:
-        os.close(memory)
+            workers.append(_Worker(Connection(os.dup(ours.fileno())), rows))
+        command = [sys.executable, "-P", "-m", "personmae.data.painting_worker", *map(str, pairs)]
+        # A job scheduler sends this to all of its processes, and the one that trains decides what to do about it: these keep it blocked, as they
+        # inherit it. What a terminal sends stays with its own group.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            program = subprocess.Popen(
+                command, pass_fds=[*pairs, *inherited], stdin=subprocess.DEVNULL, env=worker_environment(), start_new_session=True
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return program, workers

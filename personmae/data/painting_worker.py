@@ -1,11 +1,13 @@
-"""One program of `painting_processes`: draws what it is asked for until its socket is closed or the parent dies.
+"""The program of `painting_processes`: forks a process for each pair of its arguments, and ends with the first that ends in a way it should not.
 
-Its arguments are numbers of what it inherits: the socket, and the memory it draws into.
+A pair is two numbers of what it inherits: a socket, over which a process is asked until it is closed or the parent dies, and the memory it draws
+into.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -16,26 +18,47 @@ import numpy as np
 from personmae.configs import UserError
 from personmae.data.delivery import LoaderConfig, fetch_with_retries
 from personmae.data.images import UInt8Array, UnreadableImage
-from personmae.data.painting_processes import Drawn, Setup, restore_images
+from personmae.data.painting_processes import SIGNALLED, Drawn, Setup, restore_images
 from personmae.data.plan import BatchPlan
 from personmae.data.row_painter import draw_row
 
 
-def main() -> None:
-    """Draw."""
+def main() -> int:
+    """Fork; the status to exit with."""
+    numbers = [int(argument) for argument in sys.argv[1:]]
+    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+    for pair in pairs:
+        if os.fork() == 0:
+            # Another's socket, held here, would hide that the other has died.
+            for other in pairs:
+                if other != pair:
+                    os.close(other[0])
+            answer(*pair)
+            return 0
+    for connection, _ in pairs:
+        os.close(connection)
+    for _ in pairs:
+        _, status = os.wait()
+        if status:
+            return SIGNALLED + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return 0
+
+
+def answer(socket: int, memory: int) -> None:
+    """What one process does."""
     cv2.setNumThreads(1)
-    connection = Connection(int(sys.argv[1]))
+    connection = Connection(socket)
     try:
         setup: Setup = connection.recv()
-        scratch = np.frombuffer(mmap.mmap(int(sys.argv[2]), int(np.prod(setup.scratch))), dtype=np.uint8).reshape(setup.scratch)
+        scratch = np.frombuffer(mmap.mmap(memory, int(np.prod(setup.scratch))), dtype=np.uint8).reshape(setup.scratch)
         image = restore_images(setup).image
         while True:
             planned = connection.recv()
             try:
-                answer = Drawn(paint(image, planned, setup.config, setup.repeats, scratch))
+                drawn = Drawn(paint(image, planned, setup.config, setup.repeats, scratch))
             except UserError as error:
-                answer = Drawn([], problem=str(error))
-            connection.send(answer)
+                drawn = Drawn([], problem=str(error))
+            connection.send(drawn)
     # The parent is gone.
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
@@ -57,4 +80,4 @@ def paint(image: Callable[[int], UInt8Array], planned: BatchPlan, config: Loader
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
