@@ -123,7 +123,7 @@ gpu: $(READY)
 	part model 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
 	part step 400 $(PY) benchmarks/throughput.py --output $$results/throughput.json
 	part operators 400 $(PY) benchmarks/operators.py --output $$results/operators.json
-	part loading 200 $(PY) benchmarks/loading.py --output $$results/loading.json
+	part loading 200 $(PY) benchmarks/loading.py --num-turns 3 --num-cores $$(nproc) --output $$results/loading.json
 	part convergence 120 $(PY) -m pytest -q tests/test_fused_convergence.py
 	part tests 180 $(PY) -m pytest -q -m gpu $(ARGS)
 	exit $$failed

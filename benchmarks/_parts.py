@@ -88,7 +88,7 @@ class Parts:
         return self._results / f"{part.name}.json"
 
 
-def zero_shot_command(checkpoint: Path, data: Path, output: Path, *flags: str) -> tuple[str, ...]:
+def zero_shot_command(checkpoint: Path, data: Path | str, output: Path, *flags: str) -> tuple[str, ...]:
     """Arguments of Python that score a checkpoint's features as they are."""
     where = ("--checkpoint", str(checkpoint), "--data", str(data), "--output", str(output), "--num-threads", "1", "--no-cache", "--no-compare")
     return ("-m", "personmae", "evaluate", *where, *flags)

@@ -2,6 +2,7 @@
 
 python benchmarks/accuracy.py [--folder runs/accuracy] [--jobs 2]           all of it
 python benchmarks/accuracy.py --tasks holistic --starts scratch personmae  a part of it; a part that is done is not done again
+python benchmarks/accuracy.py --data market1501=/data/market --unlabelled /data/crops --tasks zero-shot holistic usl       on sets of your own
 
 Starts: scratch (no pre-training), mae (plain MAE) and personmae, pre-trained for equally many steps on the unlabelled crops of one city with each
 seed; and mae-equal-time, plain MAE for as many steps more as its step is shorter (--equal-time). Tasks: zero-shot (features as they are), holistic,
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,27 +47,62 @@ def main() -> int:
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
     parser.add_argument("--equal-time", type=float, default=1.5, help="steps of plain MAE in the time of one of PersonMAE")
     parser.add_argument("--epochs", type=int, help="of the tasks; by default those of the presets")
-    parser.add_argument("--num-train-ids", type=int, default=150)
+    parser.add_argument("--data", help="a labelled set of your own instead of the drawn ones, as market1501=/data/market")
+    parser.add_argument("--unlabelled", help="with --data: images to pre-train on, as personmae pretrain takes them")
+    parser.add_argument("--occluded-data", help="with --data: the set of the task occluded, as occluded-duke=/data/occluded")
+    parser.add_argument("--source", help="with --data: the set that uda comes from, as msmt17=/data/msmt17")
+    parser.add_argument("--num-train-ids", type=int, default=150, help="people, and images, of the drawn sets, as the next two")
     parser.add_argument("--num-test-ids", type=int, default=100)
     parser.add_argument("--num-unlabelled", type=int, default=6000)
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json", help="JSON; the chart goes beside it as .png")
     options = parser.parse_args()
+    if problem := missing_set(options):
+        parser.error(problem)
     with user_errors_exit():
-        cities = draw_cities(options)
-    first, then = parts_of(options, cities)
+        sets = own_sets(options) if options.data else draw_cities(options)
+    first, then = parts_of(options, sets)
     parts = Parts(options.folder, options.jobs)
     parts.run(first)
     parts.run(then)
     rows = parts.rows(then)
     print(table(rows, options.tasks, options.starts))
     complete = parts.say_what_is_not_there([*first, *then])
-    write_result(options.output, "accuracy", {**vars(options), "missing": parts.missing(then), "failed": parts.failed}, rows)
+    # A set by its name: results tell no folders of a machine.
+    names = {flag: Path(value).name for flag in ("data", "unlabelled", "occluded_data", "source") if (value := getattr(options, flag))}
+    write_result(options.output, "accuracy", {**vars(options), **names, "missing": parts.missing(then), "failed": parts.failed}, rows)
     draw_chart(options.output.with_suffix(".png"), rows, options.tasks, options.starts)
     print(f"written to {options.output}")
     return 0 if complete else 1
 
 
-def draw_cities(options: argparse.Namespace) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Sets:
+    """What is pre-trained on, what the tasks train and are scored on, and what uda comes from, as the programs' flags take them."""
+
+    unlabelled: str
+    labelled: str
+    occluded: str
+    source: str
+
+
+def missing_set(options: argparse.Namespace) -> str | None:
+    """Which set of the user's own is not given and needed."""
+    needed = {"--occluded-data": (options.occluded_data, "occluded"), "--source": (options.source, "uda")}
+    if options.data is None:
+        given = [flag for flag, (value, _) in [*needed.items(), ("--unlabelled", (options.unlabelled, ""))] if value]
+        return f"{given[0]} goes with --data, the labelled set of your own" if given else None
+    if options.unlabelled is None and any(STARTS[start] for start in options.starts):
+        return "--data needs --unlabelled, the images to pre-train on (the training part of the set, say), or --starts scratch alone"
+    lacking = [f"--tasks {task} needs {flag}" for flag, (value, task) in needed.items() if task in options.tasks and value is None]
+    return f"with --data, {lacking[0]}; or leave that task out" if lacking else None
+
+
+def own_sets(options: argparse.Namespace) -> Sets:
+    """The user's."""
+    return Sets(options.unlabelled or "", options.data, options.occluded_data or "", options.source or "")
+
+
+def draw_cities(options: argparse.Namespace) -> Sets:
     """The city that is pre-trained and tested on, and the one that uda comes from."""
     numbers = {"size_px": SIZE, "num_train_ids": options.num_train_ids, "num_test_ids": options.num_test_ids}
     occluded = {"num_occluded_train_ids": options.num_train_ids, "num_occluded_test_ids": options.num_test_ids}
@@ -74,19 +111,19 @@ def draw_cities(options: argparse.Namespace) -> tuple[Path, Path]:
     away = MannequinsConfig(**numbers, city="highfield", num_occluded_train_ids=0, num_occluded_test_ids=0, num_unlabelled=0)
     if "uda" in options.tasks:
         draw_mannequins(options.folder / "highfield", away)
-    return options.folder / "rivermouth", options.folder / "highfield"
+    city = options.folder / "rivermouth"
+    return Sets(str(city / "unlabelled"), str(city), str(city / "occluded"), str(options.folder / "highfield"))
 
 
-def parts_of(options: argparse.Namespace, cities: tuple[Path, Path]) -> tuple[list[Part], list[Part]]:
+def parts_of(options: argparse.Namespace, sets: Sets) -> tuple[list[Part], list[Part]]:
     """The pre-training runs, and all that begin with what those leave."""
-    here, away = cities
     first, then = [], []
     for seed in options.seeds:
         for start in options.starts:
             preset, run_dir = STARTS[start], options.folder / f"{start}-seed{seed}"
             if preset is not None:
                 steps = round(options.pretrain_steps * (options.equal_time if start == "mae-equal-time" else 1))
-                where = ("--data.source", str(here / "unlabelled"), "--run-dir", str(run_dir), "--seed", str(seed), "--data.loader.num-threads", "1")
+                where = ("--data.source", sets.unlabelled, "--run-dir", str(run_dir), "--seed", str(seed), "--data.loader.num-threads", "1")
                 pretrain = ("-m", "personmae", "pretrain", preset, *where, "--schedule.steps", str(steps))
                 first.append(Part(f"pretrain-{start}-seed{seed}", {}, pretrain, no_rows))
             init = str(run_dir) if preset is not None else "random:vit-nano"
@@ -94,18 +131,18 @@ def parts_of(options: argparse.Namespace, cities: tuple[Path, Path]) -> tuple[li
                 own = options.folder / f"{task}-{start}-seed{seed}"
                 about = {"task": task, "start": start, "seed": seed}
                 if task != "zero-shot":
-                    command = ("-m", "personmae", *train_command(options, task, seed, init, own, here, away))
+                    command = ("-m", "personmae", *train_command(options, task, seed, init, own, sets))
                     then.append(Part(own.name, about, command, partial(trained_rows, own)))
                 elif preset is not None:
-                    then.append(Part(own.name, about, zero_shot_command(run_dir, here, own), partial(zero_shot_rows, own)))
+                    then.append(Part(own.name, about, zero_shot_command(run_dir, sets.labelled, own), partial(zero_shot_rows, own)))
     return first, then
 
 
-def train_command(options: argparse.Namespace, task: str, seed: int, init: str, own: Path, here: Path, away: Path) -> list[str]:
+def train_command(options: argparse.Namespace, task: str, seed: int, init: str, own: Path, sets: Sets) -> list[str]:
     """Arguments of `personmae` for one task."""
-    data = here / "occluded" if task == "occluded" else here
-    flags = ["--data", str(data), "--init", init, "--run-dir", str(own), "--seed", str(seed), "--loader.num-threads", "1"]
-    flags += ["--source", str(away)] if task == "uda" else []
+    data = sets.occluded if task == "occluded" else sets.labelled
+    flags = ["--data", data, "--init", init, "--run-dir", str(own), "--seed", str(seed), "--loader.num-threads", "1"]
+    flags += ["--source", sets.source] if task == "uda" else []
     flags += ["--schedule.epochs", str(options.epochs)] if options.epochs else []
     if options.epochs and task in ("holistic", "occluded"):
         flags += ["--schedule.warmup-epochs", str(min(3, options.epochs))]

@@ -41,6 +41,21 @@ def test_parts_add_up(tmp_path):
     assert [line.split(" | ")[:2] for line in table[1:]] == [["| holistic", "scratch"], ["| holistic", "personmae"], ["| zero-shot", "personmae"]]
 
 
+def test_sets_of_the_users_own(tmp_path):
+    run(tmp_path, "--tasks", "zero-shot", "--starts", "scratch")
+    city, own = tmp_path / "rivermouth", tmp_path / "own"
+    flags = ("--data", f"market1501={city}", "--unlabelled", str(city / "unlabelled"))
+    refused = run(own, *flags, "--tasks", "occluded")
+    assert refused.returncode == 2
+    assert "--tasks occluded needs --occluded-data" in refused.stderr
+    assert "--unlabelled goes with --data" in run(own, *flags[2:]).stderr
+    assert "--data needs --unlabelled" in run(own, *flags[:2], "--tasks", "holistic").stderr
+    assert run(own, *flags[:2], "--tasks", "holistic", "--starts", "scratch").returncode == 0
+    assert not (own / "rivermouth").exists()
+    record = json.loads((own / "accuracy.json").read_text())
+    assert {row["task"] for row in record["results"]} == {"holistic"}
+
+
 def test_a_failed_part_is_said(tmp_path, capsys):
     arguments = ("train", "holistic", "nano", "--init", "random:vit-nano", "--data", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run"))
     part = Part("holistic-scratch-seed0", {}, ("-m", "personmae", *arguments), no_rows)
