@@ -96,7 +96,7 @@ class PaintingProcesses:
     def paint(self, planned: BatchPlan, rows: range, pixels: UInt8Array) -> list[int]:
         """Draws some rows of a batch into pixels, uint8 [R, B, H, W, 3], which other threads may be drawing into elsewhere.
 
-        Returns the first rows of images that could not be read, whose pixels stay as they were. Raises UserError if a process has died.
+        Returns the first rows of images that could not be read, whose pixels mean nothing. Raises UserError if a process has died.
         """
         worker = self._free.get()
         try:
