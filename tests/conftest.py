@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 # The files that take longest go first, so that no process is left alone with one of them at the end.
 LONGEST = (
     *("test_fused_convergence", "test_ahead_of_time", "test_multi_node", "test_finetuning", "test_unsupervised", "test_packing", "test_durability"),
-    *("test_evidence", "test_ranking_benchmark", "test_operators_benchmark", "test_parallel", "test_demo"),
+    *("test_accuracy", "test_ranking_benchmark", "test_operators_benchmark", "test_parallel", "test_demo"),
 )
 
 

@@ -21,10 +21,10 @@ from personmae_kernels.sample_random import Stream, sample_seeds
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_STEPS = 30
 SMALL = MaskedConfig(
-    encoder=VitConfig(image_size=(16, 16), patch_px=4, width=64, depth=2, num_heads=2),
+    encoder=VitConfig(image_size=(16, 8), patch_px=4, width=64, depth=2, num_heads=1),
     masking=MaskingConfig(ratio=0.5),
-    pixel_decoder=DecoderConfig(depth=1, width=64, num_heads=2, mlp_ratio=2.0),
-    feature_decoder=DecoderConfig(depth=1, width=64, num_heads=2, mlp_ratio=2.0),
+    pixel_decoder=DecoderConfig(depth=1, width=64, num_heads=1, mlp_ratio=2.0),
+    feature_decoder=DecoderConfig(depth=1, width=64, num_heads=1, mlp_ratio=2.0),
 )
 TINY = MaskedConfig(encoder=ENCODERS["vit-tiny"], pixel_decoder=DecoderConfig(), feature_decoder=DecoderConfig())
 KERNELS = {
@@ -90,4 +90,4 @@ def test_thirty_steps_have_the_same_losses(precision, allowed):
     assert losses == pytest.approx(expected, rel=allowed)
     assert expected[-1] < expected[0]
     if DEVICE.type == "cpu":
-        assert num_programs <= 600
+        assert num_programs <= 450
