@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._measure import commit_at_first
+from personmae.configs import UserError
+from personmae.visuals.curves import read_metrics
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Part:
 
 
 class Parts:
-    """Runs parts and keeps what they found in FOLDER/results/NAME.json, what they said in FOLDER/logs/NAME.txt.
+    """Runs parts and keeps what they found in FOLDER/results/NAME.json, what they said in FOLDER/logs/NAME.txt. All methods raise UserError
+    where a part was done with other settings.
 
     failed: names of the parts that did not go well in this call.
     """
@@ -48,15 +51,13 @@ class Parts:
         """The rows of those that are done, each with what its part is about, the seconds it took and its commit."""
         rows = []
         for part in parts:
-            path = self._result(part)
-            if path.exists():
-                content = json.loads(path.read_text())
+            if (content := self._content(part)) is not None:
                 rows += [{**part.about, "seconds": content["seconds"], "commit": content["commit"], **row} for row in content["rows"]]
         return rows
 
     def missing(self, parts: Sequence[Part]) -> list[str]:
         """Names of those that are neither done nor failed."""
-        return [part.name for part in parts if part.name not in self.failed and not self._result(part).exists()]
+        return [part.name for part in parts if part.name not in self.failed and self._content(part) is None]
 
     def say_what_is_not_there(self, parts: Sequence[Part]) -> bool:
         """Prints a line for what failed and for what is missing; whether all are there."""
@@ -66,8 +67,7 @@ class Parts:
         return not self.failed and not self.missing(parts)
 
     def _run(self, part: Part) -> None:
-        result = self._result(part)
-        if result.exists():
+        if self._content(part) is not None:
             return
         started = time.perf_counter()
         with (self._logs / f"{part.name}.txt").open("a") as log:
@@ -80,9 +80,20 @@ class Parts:
             self.failed.append(part.name)
             return
         content = {"part": part.name, "seconds": seconds, "commit": commit_at_first(), "command": part.command, "rows": part.read()}
+        result = self._result(part)
         partial = result.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(result)
+
+    def _content(self, part: Part) -> dict[str, Any] | None:
+        """What a part that is done has left. Raises UserError if it was done with other settings."""
+        path = self._result(part)
+        if not path.exists():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["command"] != list(part.command):
+            raise UserError(f"{path} is of a run with other settings: give those, choose another --folder, or remove the file and the run's folder")
+        return content
 
     def _result(self, part: Part) -> Path:
         return self._results / f"{part.name}.json"
@@ -99,6 +110,11 @@ def zero_shot_rows(output: Path) -> list[dict[str, Any]]:
     (found,) = output.rglob("scores.json")
     scores = json.loads(found.read_text())["scores"]
     return [{"model": feature, **{name: row[name] for name in ("mAP", "rank1")}} for feature, row in scores.items()]
+
+
+def logged(run_dir: Path, key: str) -> list[float]:
+    """A value of a pre-training run's log, in the order of its steps; those of a run that was resumed stand once."""
+    return [row[key] for row in read_metrics(run_dir / "metrics.jsonl").rows]
 
 
 def no_rows() -> list[dict[str, Any]]:

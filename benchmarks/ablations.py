@@ -11,7 +11,6 @@ differ by less than 5 %, its run at equal steps stands for both. The names A1 to
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, spread, write_result
-from benchmarks._parts import Part, Parts, zero_shot_command, zero_shot_rows
+from benchmarks._parts import Part, Parts, logged, zero_shot_command, zero_shot_rows
 from personmae.configs import user_errors_exit
 from personmae.data.mannequins import MannequinsConfig, draw_mannequins
 
@@ -67,8 +66,9 @@ def main() -> int:
     training = [train_part(options, data, variant, seed, "steps", options.steps) for variant, seed in runs]
     parts.run(training)
     budgets = {} if options.no_equal_time else steps_in_equal_time(parts.rows(training), options.steps)
-    training += [train_part(options, data, variant, seed, "time", budgets[variant]) for variant, seed in runs if variant in budgets]
-    parts.run(training)
+    longer = [train_part(options, data, variant, seed, "time", budgets[variant]) for variant, seed in runs if variant in budgets]
+    parts.run(longer)
+    training += longer
     trained = [part.about for part in training if part.name not in (*parts.failed, *parts.missing([part]))]
     scoring = [score_part(options, data, about, name) for about in trained for name in SETS]
     parts.run(scoring)
@@ -105,8 +105,7 @@ def train_part(options: argparse.Namespace, data: Path, variant: str, seed: int,
 
 def step_rows(run_dir: Path) -> list[dict[str, Any]]:
     """What a run's log says of its speed."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{"images_per_second": statistics.median(line["images_per_second"] for line in lines)}]
+    return [{"images_per_second": statistics.median(logged(run_dir, "images_per_second"))}]
 
 
 def score_part(options: argparse.Namespace, data: Path, about: dict[str, Any], name: str) -> Part:
@@ -147,4 +146,5 @@ def table(rows: list[dict[str, Any]], variants: list[str], equal_time_steps: dic
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with user_errors_exit():
+        raise SystemExit(main())

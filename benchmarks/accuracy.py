@@ -198,4 +198,5 @@ def draw_chart(path: Path, rows: list[dict[str, Any]], tasks: list[str], starts:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with user_errors_exit():
+        raise SystemExit(main())

@@ -13,7 +13,6 @@ resumable parts.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -26,9 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, write_result
-from benchmarks._parts import Part, Parts, zero_shot_command, zero_shot_rows
+from benchmarks._parts import Part, Parts, logged, zero_shot_command, zero_shot_rows
 from personmae.configs import user_errors_exit
-from personmae.data.delivery import available_cores
 from personmae.data.mannequins import MannequinsConfig, draw_mannequins
 
 PLAIN_FLAGS = ("--precision", "fp32", "--operators", "reference", "--compile", "no", "--cuda-graph", "no", "--attention", "sdpa")
@@ -103,7 +101,7 @@ def train_part(options: argparse.Namespace, way: str, seed: int, data: Path) -> 
     program = (str(Path(__file__).parent / "_pil_loader.py"),) if by_pillow else ("-m", "personmae")
     length = ("--schedule.steps", str(options.steps), "--log-every", "1", "--batch-size", str(options.batch_size))
     where = ("--data.source", str(data / "unlabelled"), "--run-dir", str(run_dir), "--seed", str(seed), "--device", options.device)
-    few = ("--data.loader.num-threads", str(max(1, available_cores() // options.jobs)))
+    few = ("--data.loader.num-threads", "2")
     command = (*program, "pretrain", options.preset, *where, *length, *few, *WAYS[way])
     return Part(f"pretrain-{way}-seed{seed}", {"way": way, "seed": seed}, command, partial(window_means, run_dir))
 
@@ -117,10 +115,9 @@ def score_part(options: argparse.Namespace, way: str, seed: int, data: Path) -> 
 
 def window_means(run_dir: Path) -> list[dict[str, Any]]:
     """The mean loss of each window, and the images per second that the run's log names in the middle."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines]
+    losses = logged(run_dir, "loss")
     windows = [statistics.fmean(losses[first : first + WINDOW]) for first in range(0, len(losses), WINDOW)]
-    return [{"window_losses": windows, "images_per_second": statistics.median(line["images_per_second"] for line in lines)}]
+    return [{"window_losses": windows, "images_per_second": statistics.median(logged(run_dir, "images_per_second"))}]
 
 
 def judge(way: str, losses: list[dict[str, Any]], scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -159,4 +156,5 @@ def in_words(verdict: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with user_errors_exit():
+        raise SystemExit(main())

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import ablations, accuracy, fidelity, finetuning
 from benchmarks._parts import Part, Parts, no_rows
+from personmae.configs import UserError
 from tests.test_finetuning import mannequins, weights  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,17 @@ def test_a_failed_part_is_said(tmp_path, capsys):
     assert "holistic-scratch-seed0: failed (2)" in said
     assert "missing: never" in said
     assert "nowhere" in (tmp_path / "logs" / "holistic-scratch-seed0.txt").read_text()
+
+
+def test_a_part_of_other_settings_is_not_taken(tmp_path):
+    part = Part("one", {}, ("-c", "pass"), lambda: [{"mAP": 1.0}])
+    parts = Parts(tmp_path, jobs=1)
+    parts.run([part])
+    assert [row["mAP"] for row in parts.rows([part])] == [1.0]
+    other = Part("one", {}, ("-c", "print()"), no_rows)
+    for ask in (parts.run, parts.rows, parts.missing):
+        with pytest.raises(UserError, match=r"one\.json is of a run with other settings"):
+            ask([other])
 
 
 def test_variants_at_equal_steps_and_time(tmp_path, monkeypatch, capsys):

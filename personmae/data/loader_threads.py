@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -108,10 +109,8 @@ class ThreadLoader(Loader):
         samples = part.plan.samples.copy()
         per_task = (_IMAGES_PER_TASK if processes is None else _IMAGES_PER_PROCESS_TASK) * self._plan.repeats
         tasks = [range(first, min(first + per_task, len(samples))) for first in range(0, len(samples), per_task)]
-        if processes is None:
-            futures = [pool.submit(self._painter.paint, part.plan, rows, pixels, samples) for rows in tasks]
-        else:
-            futures = [pool.submit(self._paint, processes, part.plan, rows, pixels, samples) for rows in tasks]
+        paint = self._painter.paint if processes is None else partial(self._paint, processes)
+        futures = [pool.submit(paint, part.plan, rows, pixels, samples) for rows in tasks]
         return _Started(part, regions, samples, futures)
 
     def _finish(self, started: _Started) -> Prepared:
