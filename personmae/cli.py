@@ -19,6 +19,11 @@ COMMANDS = {
     "pack": "pack a folder, list, zip, tar or LMDB of images into checked tar shards, for pre-training on millions",
     "crop": "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)",
     "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
+    "extract": "features of a folder of images, into an .npz",
+    "search": "the pictures of a gallery that show who a query shows; keeps an index of the gallery",
+    "export": "CHECKPOINT --to transreid, fast-reid, torchreid, timm, onnx ...: weights for other code",
+    "inspect": "FILE: what each code base would do with a file of weights",
+    "verify-export": "CHECKPOINT --to transreid --repo CHECKOUT: builds the real class there, and compares features",
     "mannequins": "draw the built-in data set",
 }
 
@@ -95,11 +100,37 @@ def _run(command: str, arguments: list[str]) -> None:
         from personmae.tasks import cropping
 
         cropping.main(_parse(CropConfig, program, cropping, arguments))
+    elif command in ("export", "inspect", "verify-export"):
+        _run_export(command, arguments)
+    elif command in ("extract", "search"):
+        _run_features(command, arguments)
     else:
         from personmae.recipes.programs import DrawConfig
         from personmae.tasks import drawing
 
         drawing.main(_parse(DrawConfig, program, drawing, arguments))
+
+
+def _run_export(command: str, arguments: list[str]) -> None:
+    from personmae.recipes.programs import ExportConfig, InspectConfig, VerifyConfig
+    from personmae.tasks import exporting
+
+    if command == "export":
+        exporting.main(_parse(ExportConfig, "personmae export", exporting, arguments))
+    elif command == "inspect":
+        exporting.inspect(_parse(InspectConfig, "personmae inspect", exporting, arguments))
+    else:
+        exporting.verify(_parse(VerifyConfig, "personmae verify-export", exporting, arguments))
+
+
+def _run_features(command: str, arguments: list[str]) -> None:
+    from personmae.recipes.programs import ExtractConfig, SearchConfig
+    from personmae.tasks import extracting, searching
+
+    if command == "extract":
+        extracting.main(_parse(ExtractConfig, "personmae extract", extracting, arguments))
+    else:
+        searching.main(_parse(SearchConfig, "personmae search", searching, arguments))
 
 
 def _run_task(arguments: list[str]) -> None:

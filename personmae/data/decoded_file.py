@@ -51,7 +51,9 @@ class DecodedFile:
         return _map_file, (self.index, self.path)
 
 
-def open_decoded(index: ImageIndex, folder: Path, num_threads: int, announce: Callable[[str], None] = print, *, progress: bool = True) -> DecodedFile:
+def open_decoded(
+    index: ImageIndex, folder: Path, num_threads: int, announce: Callable[[str], object] = print, *, progress: bool = True
+) -> DecodedFile:
     """The decoded images of an index, from `folder`; where they are not there yet they are written, by one process while others wait.
 
     num_threads: that decode. announce: receives a line. Images that cannot be decoded are left out, and tried again when they are asked for. Raises

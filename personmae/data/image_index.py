@@ -129,7 +129,7 @@ def build_index(
     max_side_px: int = MAX_SIDE_PX,
     num_workers: int | None = None,
     progress: bool = True,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str], object] = print,
     verify: Verify = "auto",
 ) -> ImageIndex:
     """The index of a folder or text list, from the cache if the source is unchanged (names, sizes, modification times).

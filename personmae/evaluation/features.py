@@ -88,7 +88,7 @@ def extract_features(
     try:
         with bar:
             for batch in _read_batches(pool, paths, size, batch_size, known.rows if keep.cache else None, found, bar):
-                features = _describe(describe, torch.from_numpy(batch.pixels).to(device), dtype, flip_test)
+                features = describe_batch(describe, torch.from_numpy(batch.pixels).to(device), dtype, flip_test)
                 # One batch late, so that the device computes while the next one is gathered.
                 if described is not None:
                     keep.take(described, table.put(described, paths))
@@ -235,7 +235,9 @@ class _Keeper:
             self.announce(f"features are not kept: {problem}")
 
 
-def _describe(describe: Describe, images: Tensor, dtype: torch.dtype, flip_test: FlipTest) -> Mapping[str, Tensor]:
+def describe_batch(describe: Describe, images: Tensor, dtype: torch.dtype, flip_test: FlipTest) -> Mapping[str, Tensor]:
+    """The features of a batch that is on the describer's device: uint8 [B, H, W, 3] -> name: float [B, D]. dtype: of matrix products. flip_test: what
+    becomes of the features of the mirror images."""
     # A copy, made before the describer sees the images: whatever it does to them, the mirror image is whole.
     mirrored = images.flip(2) if flip_test != "none" else None
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -7,29 +7,36 @@ no place for is listed with its reason; what is missing, left over or of another
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from personmae.configs import UserError
+from personmae.configs import UserError, from_plain
 from personmae.interop.key_maps import MappedKeys, map_keys
 from personmae.interop.networks import Network, Part, explain_other, find_networks, select_network
-from personmae.interop.positions import FittedPositions, Grid, fit_positions
+from personmae.interop.positions import Grid, fit_positions
 from personmae.interop.weight_files import read_weights
 from personmae.models.positions import PositionResizing
 from personmae.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, VitConfig
-from personmae.models.weights import load_encoder
+from personmae.models.weights import ENCODER, REID, is_reid_file, load_encoder, load_reid
 
 Normalisation = Literal["imagenet", "half"]
+Stride = int | Literal["patch"]
 
 TIMM = "timm:"
+CARD = "personmae-export"  # of the entry in which our exports say what they are: in the header, or beside "state_dict"
+DEFAULT_SIZE = (256, 128)  # height, width in pixels
 # Mean and std of RGB on the scale [0, 1]. "half" is what TransReID and BootMAE train with.
 NORMALISATIONS: dict[Normalisation, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 HALF_FAMILIES = ("TransReID with its jigsaw branch", "a fine-tuned ReID model (TransReID, Cluster Contrast)", "BEiT or BootMAE")
+OWN = "PersonMAE"  # the family of our own files
 OURS = {"student": "encoder.safetensors", "teacher": "teacher.safetensors"}
 
 
@@ -58,6 +65,24 @@ def _some(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+class FittedState(NamedTuple):
+    """The tensors of an encoder, brought to an image size and a stride."""
+
+    tensors: dict[str, Tensor]  # float32 in our encoder's names, which are timm's; pos_embed [1, 1 + L, D], the class token's first
+    config: VitConfig  # mean and std are those of the images that it was trained on
+    stride_px: int
+    learned_positions: bool  # they are no sines and cosines
+    report: KeyReport
+    origin: str
+    told_pixels: bool  # the file itself tells mean and std: it is ours; else they are those usual in its family
+    notes: dict[str, str]  # of our own files: what their header says of the run
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches."""
+        return patch_grid(self.config.image_size, self.config.patch_px, self.stride_px)
+
+
 class InitialWeights(NamedTuple):
     """An encoder to begin with; its config has mean and std of the images that it was trained on."""
 
@@ -66,54 +91,125 @@ class InitialWeights(NamedTuple):
     origin: str
 
 
+def patch_grid(image_size: tuple[int, int], patch_px: int, stride_px: int) -> Grid:
+    """Rows and columns of patches, `stride_px` from one to the next, that fit into an image."""
+    return (image_size[0] - patch_px) // stride_px + 1, (image_size[1] - patch_px) // stride_px + 1
+
+
 def load_initial(
     source: str | Path,
     part: Part | None = None,
     *,
-    image_size: tuple[int, int] = (256, 128),
+    image_size: tuple[int, int] | None = (256, 128),
     grid: Grid | None = None,
     resize: PositionResizing = "bilinear",
     num_heads: int | None = None,
     normalisation: Normalisation | None = None,
 ) -> InitialWeights:
-    """An encoder in eval mode from a run folder or file of ours, a file of another project (safetensors, or written by torch.save), or `timm:NAME`,
-    the published weights of a model of timm.
+    """An encoder in eval mode with patches side by side; see `load_state`."""
+    state = load_state(
+        source, part, image_size=image_size, stride_px="patch", grid=grid, resize=resize, num_heads=num_heads, normalisation=normalisation
+    )
+    encoder = VisionTransformer(state.config)
+    encoder.set_positions(state.tensors["pos_embed"], learned=state.learned_positions)
+    encoder.load_state_dict(state.tensors)
+    encoder.requires_grad_(True)
+    return InitialWeights(encoder.eval(), state.report, state.origin)
+
+
+def load_state(
+    source: str | Path,
+    part: Part | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    stride_px: Stride | None = None,
+    grid: Grid | None = None,
+    resize: PositionResizing = "bilinear",
+    num_heads: int | None = None,
+    normalisation: Normalisation | None = None,
+) -> FittedState:
+    """The tensors of a run folder or file of ours, a file of another project (safetensors, or written by torch.save), or `timm:NAME`, the published
+    weights of a model of timm.
 
     part: of a file that holds two networks; None for the only one, and for the student where the file is ours. image_size: (H, W) in pixels, to which
-    positions are brought: sines and cosines computed anew, learned ones resized. grid: (rows, columns) of the file's positions where their number
-    leaves that open. num_heads: where the width does not tell. normalisation: of the pixels, where the family's is not the file's. Raises UserError
+    positions are brought: sines and cosines computed anew, learned ones resized; None for that of a file of ours, else (256, 128). stride_px: from
+    patch to patch, or "patch" for as much; None for that of a fine-tuned model or an export of ours, else the patch. grid: (rows, columns) of the
+    file's positions where their number leaves that open. num_heads: where the width does not tell. normalisation: of the pixels, where the family's is not the file's. Raises UserError
     naming the file and what does not fit.
     """
     text = str(source)
     if text.startswith(TIMM):
-        return _load_timm(text, image_size, resize)
+        return _load_timm(text, image_size or DEFAULT_SIZE, stride_px, resize)
     path = Path(text).expanduser()
     if path.is_dir():
         path = path / OURS[part or "student"]
         part = None
     content, headers = read_weights(path)
-    if "personmae" in headers:
-        return _load_ours(path, image_size, resize)
+    if ENCODER in headers or REID in headers:
+        notes = {name: note for name, note in headers.items() if name not in ("format", ENCODER, REID)}
+        return _load_ours(path, notes, image_size, stride_px, resize)
     networks = find_networks(content)
     if not networks:
         raise UserError(f"{path} holds no Vision Transformer that can be used here: {explain_other(content)}")
     network = select_network(networks, part, str(path), own={"model", "optimiser", "config"} <= content.keys())
     mapped = map_keys(network, str(path))
+    card = _read_card(content, headers, str(path))
+    if card is not None:
+        return _load_exported(mapped, card, network, str(path), image_size, stride_px, resize)
     mean, std = NORMALISATIONS[normalisation or ("half" if mapped.family in HALF_FAMILIES else "imagenet")]
-    config = _config_of(mapped, str(path), image_size, num_heads, mean, std)
-    return InitialWeights(*_build(mapped, config, network, str(path), grid, resize), text)
+    config = _config_of(mapped, str(path), image_size or DEFAULT_SIZE, num_heads, mean, std)
+    return _fit(mapped, config, network, str(path), resize, _checked_stride(stride_px, config, str(path)), given=grid)
 
 
-def _load_ours(path: Path, image_size: tuple[int, int], resize: PositionResizing) -> InitialWeights:
-    encoder = load_encoder(path)
-    state = dict(encoder.state_dict())
-    mapped = map_keys(Network("", "", state, ()), str(path))
-    config = dataclasses.replace(encoder.config, image_size=_checked_size(image_size, encoder.config.patch_px, str(path)))
-    mapped = mapped._replace(family="PersonMAE")
-    return InitialWeights(*_build(mapped, config, Network("", "", state, ()), str(path), encoder.config.grid, resize), str(path))
+def _read_card(content: Mapping[Any, Any], headers: Mapping[str, str], source: str) -> tuple[VitConfig, int] | None:
+    """Configuration and stride that our own export has written into the file; None for a file of somebody else."""
+    card = json.loads(headers[CARD]) if CARD in headers else content.get(CARD)
+    if card is None:
+        return None
+    if not isinstance(card, Mapping) or not isinstance(card.get("config"), Mapping) or not isinstance(card.get("stride_px"), int):
+        raise UserError(f"{source} has an entry {CARD} that no export of ours wrote; export the weights again")
+    return from_plain(VitConfig, card["config"]), card["stride_px"]
 
 
-def _load_timm(source: str, image_size: tuple[int, int], resize: PositionResizing) -> InitialWeights:
+def _load_exported(
+    mapped: MappedKeys,
+    card: tuple[VitConfig, int],
+    network: Network,
+    source: str,
+    image_size: tuple[int, int] | None,
+    stride_px: Stride | None,
+    resize: PositionResizing,
+) -> FittedState:
+    """A file of our own export: its normalisation, heads, grid and stride are told in it."""
+    own, own_stride = card
+    config = dataclasses.replace(own, image_size=_checked_size(image_size or own.image_size, own.patch_px, source))
+    stride_px = _checked_stride(own_stride if stride_px is None else stride_px, config, source)
+    known = patch_grid(own.image_size, own.patch_px, own_stride)
+    return _fit(mapped._replace(family=OWN), config, network, source, resize, stride_px, known=known, own_step=own_stride / own.patch_px)
+
+
+def _load_ours(
+    path: Path, notes: dict[str, str], image_size: tuple[int, int] | None, stride_px: Stride | None, resize: PositionResizing
+) -> FittedState:
+    """An encoder, or that of a fine-tuned model, with its overlapping patches; the neck, the parts and the camera embeddings stay behind."""
+    left_out = {}
+    if is_reid_file(path):
+        reid = load_reid(path).encoder
+        encoder, own_stride, known = reid.encoder, reid.config.stride_px, reid.grid
+        left_out = {name: "of the fine-tuned model, beside its encoder" for name in reid.state_dict() if not name.startswith("encoder.")}
+    else:
+        encoder = load_encoder(path)
+        own_stride, known = encoder.config.patch_px, encoder.config.grid
+    network = Network("", "", dict(encoder.state_dict()), ())
+    mapped = map_keys(network, str(path))._replace(family=OWN, left_out=left_out)
+    size = _checked_size(image_size or encoder.config.image_size, encoder.config.patch_px, str(path))
+    config = dataclasses.replace(encoder.config, image_size=size)
+    stride_px = _checked_stride(own_stride if stride_px is None else stride_px, config, str(path))
+    state = _fit(mapped, config, network, str(path), resize, stride_px, known=known, own_step=own_stride / config.patch_px)
+    return state._replace(notes=notes)
+
+
+def _load_timm(source: str, image_size: tuple[int, int], stride_px: Stride | None, resize: PositionResizing) -> FittedState:
     import timm
 
     name = source.removeprefix(TIMM)
@@ -134,7 +230,15 @@ def _load_timm(source: str, image_size: tuple[int, int], resize: PositionResizin
     cfg: Any = model.pretrained_cfg
     grid: Any = model.patch_embed.grid_size
     config = _config_of(mapped, source, image_size, blocks[0].attn.num_heads, tuple(cfg["mean"]), tuple(cfg["std"]))
-    return InitialWeights(*_build(mapped, config, network, source, grid, resize), source)
+    return _fit(mapped, config, network, source, resize, _checked_stride(stride_px, config, source), given=grid)
+
+
+def _checked_stride(stride_px: Stride | None, config: VitConfig, source: str) -> int:
+    if stride_px is None or stride_px == "patch":
+        return config.patch_px
+    if not 1 <= stride_px <= config.patch_px:
+        raise UserError(f"a stride of {stride_px} pixels does not fit the patches of {source}: at least 1, and at most {config.patch_px}")
+    return stride_px
 
 
 def _checked_size(image_size: tuple[int, int], patch_px: int, source: str) -> tuple[int, int]:
@@ -170,18 +274,28 @@ def _config_of(
     )
 
 
-def _build(
-    mapped: MappedKeys, config: VitConfig, network: Network, source: str, grid: Grid | None, resize: PositionResizing
-) -> tuple[VisionTransformer, KeyReport]:
-    """The encoder with these tensors, each in its place."""
-    encoder = VisionTransformer(config)
+def _fit(
+    mapped: MappedKeys,
+    config: VitConfig,
+    network: Network,
+    source: str,
+    resize: PositionResizing,
+    stride_px: int,
+    *,
+    given: Grid | None = None,
+    known: Grid | None = None,
+    own_step: float = 1.0,
+) -> FittedState:
+    """These tensors, each found to be in its place, with positions on the wanted grid."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in VisionTransformer(config).state_dict().items() if name != "pos_embed"}
     if mapped.positions is None:
         raise UserError(f"{source} has no positions (pos_embed) of one image; its ViT cannot be used here")
+    wanted, step = patch_grid(config.image_size, config.patch_px, stride_px), stride_px / config.patch_px
     try:
-        fitted: FittedPositions = fit_positions(mapped.positions, config.grid, given=grid, resize=resize)
+        fitted = fit_positions(mapped.positions, wanted, given=given, known=known, resize=resize, step=step, own_step=own_step)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items() if name != "pos_embed"}
     unexpected = [*mapped.unexpected, *(mapped.sources[name] for name in mapped.tensors if name not in expected)]
     missing = [name for name in expected if name not in mapped.tensors]
     if missing or unexpected:
@@ -194,12 +308,10 @@ def _build(
             tensor = mapped.tensors[name] = tensor.reshape(shape)
         if tensor.shape != shape:
             raise UserError(f"{source}: {mapped.sources[name]} is {list(tensor.shape)}, and {list(shape)} is wanted in a ViT of width {config.width}")
-    encoder.set_positions(fitted.pos_embed, learned=fitted.order is None)
-    encoder.load_state_dict({**mapped.tensors, "pos_embed": fitted.pos_embed})
+    tensors = {**mapped.tensors, "pos_embed": fitted.pos_embed}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise UserError(f"{source} holds numbers that are not finite; fetch it again, or take an earlier checkpoint")
     changed = {**mapped.changed, **({"pos_embed": fitted.how} if fitted.how else {})}
     used = {name: mapped.sources[name] for name in (*expected, "pos_embed")}
     report = KeyReport(mapped.family, network.place, used, changed, mapped.left_out)
-    encoder.requires_grad_(True)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in encoder.state_dict().values()):
-        raise UserError(f"{source} holds numbers that are not finite; fetch it again, or take an earlier checkpoint")
-    return encoder.eval(), report
+    return FittedState(tensors, config, stride_px, fitted.order is None, report, source, mapped.family == OWN, {})

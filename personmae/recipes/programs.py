@@ -1,4 +1,4 @@
-"""The settings of the other programs: evaluating, drawing, checking, cropping, packing, the demo."""
+"""The settings of the other programs: evaluating, drawing, checking, cropping, packing, exporting, the demo."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from personmae.data.packs.examining import DuplicateKind, PackSettings
 from personmae.data.packs.transcoding import Subsampling, Transcoding
 from personmae.data.sequences import MotBoxes
 from personmae.data.verdicts import MAX_PIXELS, MIN_SIDE_PX, Limits
+from personmae.interop.initial_weights import Normalisation
+from personmae.interop.targets import TargetName
 
 # Of the command line alone: annotations are not evaluated before it is read.
 with contextlib.suppress(ModuleNotFoundError):
@@ -186,6 +188,82 @@ class PackConfig:
             duplicates=self.duplicates,
             near_bits=self.near_bits,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Weights for another code base."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder, an encoder.safetensors, a fine-tuned model, or a ViT of another project
+    to: TargetName | Literal["onnx"]  # the code base
+    output: Path | None = None  # the file; by default ENCODER-TARGET-HEIGHTxWIDTH.pth here
+    size: tuple[int, int] | None = None  # height, width of the images there, in pixels; by default those of the checkpoint
+    stride: int | None = None  # pixels from patch to patch there; by default that of the checkpoint, 16 for an encoder
+    norm: Normalisation | None = None  # of the pixels there, folded into the patch embedding; by default what the code base does
+    foreign: ForeignWeights = ForeignWeights()
+    overwrite: bool = False  # a file that is there already
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """An export, held against the code that it is for."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # as for export, or an exported file
+    to: TargetName  # transreid, transreid-ssl, cluster-contrast, fast-reid, torchreid or timm
+    repo: Path | None = None  # a checkout of that code; not needed for timm
+    size: tuple[int, int] | None = None  # as for export
+    stride: int | None = None
+    norm: Normalisation | None = None
+    foreign: ForeignWeights = ForeignWeights()
+    tolerance: float = 1e-4  # of the features, absolute, float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What each code base would do with a file of weights."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    size: tuple[int, int] = (256, 128)  # height, width of the images there, in pixels
+    stride: int = 16  # pixels from patch to patch there, where patches may overlap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """How features are extracted."""
+
+    checkpoint: Path  # a run folder, an encoder.safetensors, a fine-tuned model, an export, or a ViT of another project
+    image_size: tuple[int, int] | None = None  # height, width in pixels; by default the checkpoint's
+    feature: Literal["class", "mean"] = "class"  # of an encoder: class token, or mean of the patches
+    flip: bool = False  # the mean with the features of the mirror image
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA
+    batch_size: int = 64
+    num_threads: int = 2  # that read images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ExtractionConfig):
+    """Features of a folder."""
+
+    source: Annotated[Path, tyro.conf.Positional]  # a folder of images, a list of paths, or a pack
+    output: Annotated[Path, tyro.conf.Positional]  # an .npz
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig(ExtractionConfig):
+    """Pictures of a gallery that show who a query shows."""
+
+    query: Annotated[Path, tyro.conf.Positional]  # an image, or a folder of images
+    gallery: Annotated[Path, tyro.conf.Positional]  # a folder of images
+    index: Path | None = None  # folder in which the gallery's features are kept; by default GALLERY-index beside the gallery
+    kind: Literal["flat", "ivf-pq"] | None = None  # of a new index: flat is exact; ivf-pq is for millions; by default flat
+    top: int = 10  # pictures for each query
+    json: Path | None = None  # also as JSON
+    page: Path | None = None  # also as an HTML page with the pictures
+    quiet: bool = False  # without the table
+
+    def __post_init__(self) -> None:
+        require_positive(self, "top")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def open_pack(
     *,
     verify: Verify = "auto",
     num_workers: int | None = None,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str], object] = print,
 ) -> ImageIndex:
     """The index of a pack: the samples in the order of the names in its source, as an index of those files would have them.
 

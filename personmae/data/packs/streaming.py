@@ -28,7 +28,7 @@ _GIB = 1 << 30
 
 
 def open_streamed_pack(
-    address: str, config: StreamConfig, cache_dir: Path | None = None, *, window: int | None, announce: Callable[[str], None] = print
+    address: str, config: StreamConfig, cache_dir: Path | None = None, *, window: int | None, announce: Callable[[str], object] = print
 ) -> ImageIndex:
     """The index of a pack behind an address, with the samples of the same pack on a disk in the same order.
 
