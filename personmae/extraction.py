@@ -45,7 +45,7 @@ class FolderFeatures(NamedTuple):
 
     names: list[str]  # relative to the folder, in its order
     features: npt.NDArray[np.float32]  # [N, D], unit length
-    rejected: list[tuple[str, str]]  # files that are no usable images, and why
+    rejected: list[tuple[str, str]]  # paths of files that are no usable images, and why
 
 
 class FeatureExtractor:

@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(["configs"], 1),
     **dict.fromkeys(["models", "data", "evaluation"], 2),
     **dict.fromkeys(["training", "visuals", "interop"], 3),
-    **dict.fromkeys(["recipes"], 4),
+    **dict.fromkeys(["recipes", "extraction"], 4),
     **dict.fromkeys(["pretrain", "demo", "tasks"], 5),
     **dict.fromkeys(["cli", "__main__"], 6),
 }
@@ -32,24 +32,27 @@ ANYWHERE = {"torch", "numpy"}
 HOMES = {
     "nvidia": ["personmae/data/loader_dali.py"],
     "xformers": ["personmae/models/attention.py"],
-    "faiss": ["personmae/evaluation/neighbours.py"],
+    "faiss": ["personmae/evaluation/neighbours.py", "personmae/evaluation/gallery_index.py"],
     "sklearn": ["personmae/evaluation/clustering.py"],
     "scipy": ["personmae/data/reid/matlab.py", "personmae/evaluation/"],
     "matplotlib": ["personmae/visuals/"],
     "triton": ["kernels/"],
     "apex": ["personmae/training/optimisers.py"],
     "timm": ["personmae/models/", "personmae/interop/", "personmae/training/finetuning_optimisers.py"],
-    "safetensors": ["personmae/models/", "personmae/interop/weight_files.py"],
+    "safetensors": ["personmae/models/", "personmae/interop/weight_files.py", "personmae/interop/exports.py"],
     "cv2": ["personmae/data/"],
     "simplejpeg": ["personmae/data/"],
     "PIL": ["personmae/data/", "personmae/visuals/"],
     "fsspec": ["personmae/data/remote.py"],
+    "onnx": ["personmae/interop/onnx_files.py"],
+    "onnxruntime": ["personmae/interop/onnx_files.py"],
+    "fastreid": ["personmae/interop/fast_reid.py"],
     "lmdb": ["personmae/data/packs/lmdb_source.py", "personmae/data/reid/luperson.py"],
     "tqdm": ["personmae/data/", "personmae/evaluation/progress.py", "personmae/training/"],
     "tyro": ["personmae/configs.py", "personmae/recipes/", "personmae/tasks/", "personmae/cli.py"],
 }
 # These may be missing, so nothing imports them before they are used.
-OPTIONAL = ["nvidia.dali", "xformers", "faiss", "apex", "lmdb", "fsspec", "personmae_kernels._C"]
+OPTIONAL = ["nvidia.dali", "xformers", "faiss", "apex", "lmdb", "fsspec", "onnx", "onnxruntime", "fastreid", "personmae_kernels._C"]
 
 # `torchrun personmae/pretrain.py` puts personmae/ first on the path, and a benchmark's run benchmarks/: a file there must not hide these.
 TAKEN = set(sys.stdlib_module_names) | {

@@ -5,8 +5,8 @@
              (Jegou et al., "Product Quantization for Nearest Neighbor Search", 2011); for 10,000 images and more
 
 A folder holds gallery.json (what it is,, pictures with size and time of change), features.f32 (rows of D float32 of unit length, those of
-pictures that are gone too) and, for ivf-pq, lists.faiss. Features are written first, gallery.json last and whole: a stopped addition leaves the
-old gallery.
+pictures that are gone too) and, for ivf-pq, lists.faiss. New features are appended first, and gallery.json is written last and whole: a stopped
+addition leaves the old gallery, and what it has appended is written over.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT = 1
 # faiss wants 39 points for each of the 256 centres of a sub-quantiser.
 MIN_COMPRESSED = 10_000
 BITS = 8
-CHANNELS_EACH = 8  # channels that one byte of a compressed feature stands for
+CHANNELS_EACH = 4  # channels that one byte of a compressed feature stands for
 MAX_TRAINING = 200_000
 # Of ivf-pq: lists that are looked into, at least, and candidates for each result.
 MIN_PROBES = 16
@@ -57,7 +57,7 @@ class Hits(NamedTuple):
 
 @dataclasses.dataclass
 class GalleryIndex:
-    """A gallery in memory; `save` writes it, `open_gallery` reads it."""
+    """A gallery; `open_gallery` reads it, `save` keeps what was taken in since. Its features stay on the disk."""
 
     folder: Path
     identity: str  # of what computes the features
@@ -65,7 +65,7 @@ class GalleryIndex:
     kind: IndexKind
     width: int
     pictures: list[Picture]
-    features: FloatRows  # [rows, D], those of pictures that are gone too
+    features: FloatRows  # [rows, D], those of pictures that are gone too; mapped from the file
     lists: Any = None  # faiss.Index
 
     def __len__(self) -> int:
@@ -79,20 +79,20 @@ class GalleryIndex:
     def update(self, added: Sequence[tuple[str, tuple[int, int]]], features: FloatRows, gone: Sequence[str]) -> None:
         """Take in pictures (name, stamp) with features [N, D] of unit length, in place of older ones of the same name, and drop those that are gone.
 
-        Raises ValueError for features of another width or number."""
+        Raises ValueError for features of another width or number, UserError naming the file if the disk refuses."""
         if features.shape != (len(added), self.width):
             raise ValueError(f"features must be [{len(added)}, {self.width}], not {list(features.shape)}")
         dropped = {name for name, _ in added} | set(gone)
         first = len(self.features)
         self.pictures = [picture for picture in self.pictures if picture.name not in dropped]
         self.pictures += [Picture(name, stamp, first + number) for number, (name, stamp) in enumerate(added)]
-        self.features = np.concatenate([self.features, features.astype(np.float32, copy=False)])
+        self._append(features)
         if self.kind == "ivf-pq":
             if self.lists is None:
                 self.lists = _train(self._alive())
                 self.lists.add_with_ids(self._alive(), np.array([picture.row for picture in self.pictures], np.int64))
             elif len(added):
-                self.lists.add_with_ids(np.ascontiguousarray(self.features[first:]), np.arange(first, len(self.features), dtype=np.int64))
+                self.lists.add_with_ids(np.ascontiguousarray(features, dtype=np.float32), np.arange(first, len(self.features), dtype=np.int64))
 
     def search(self, queries: FloatRows, k: int) -> Hits:
         """The k nearest pictures of each query, features [Q, D] of unit length. Raises ValueError for k < 1 and an empty gallery."""
@@ -107,12 +107,7 @@ class GalleryIndex:
         return self._search_lists(queries, k)
 
     def save(self) -> None:
-        """Write the folder. Raises UserError naming the file if the disk refuses."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {self.folder}: {error.strerror or error}") from error
-        write_whole(self.folder / FEATURES, self.features.tobytes())
+        """Keep what was taken in. Raises UserError naming the file if the disk refuses."""
         if self.lists is not None:
             import faiss
 
@@ -128,6 +123,20 @@ class GalleryIndex:
         }
         write_whole(self.folder / TABLE, json.dumps(table).encode())
 
+    def _append(self, features: FloatRows) -> None:
+        path, rows = self.folder / FEATURES, len(self.features)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "r+b" if path.exists() else "w+b") as file:
+                file.truncate(4 * rows * self.width)
+                file.seek(0, os.SEEK_END)
+                file.write(np.ascontiguousarray(features, dtype=np.float32).data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; make room or give write permission there") from error
+        self.features = _mapped(path, rows + len(features), self.width)
+
     def _alive(self) -> FloatRows:
         return self.features[[picture.row for picture in self.pictures]]
 
@@ -140,7 +149,8 @@ class GalleryIndex:
         _, candidates = self.lists.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         names, similarities = [], []
         for query, row in zip(queries, candidates, strict=True):
-            alive = np.array([number for number in row if number in by_row], np.int64)
+            # A row may stand twice in the lists, where an addition was stopped and made again.
+            alive = np.array([number for number in np.unique(row) if number in by_row], np.int64)
             exact = self.features[alive] @ query
             order = np.lexsort((alive, -exact))[:k]
             names.append([by_row[int(alive[place])] for place in order])
@@ -165,18 +175,18 @@ def open_gallery(folder: Path) -> GalleryIndex | None:
     try:
         table = json.loads(path.read_bytes())
         rows, width = table["rows"], table["width"]
-        content = np.fromfile(folder / FEATURES, np.float32, rows * width)
-        pictures = [Picture(str(name), (int(size), int(time)), int(row)) for name, size, time, row in table["pictures"]]
+        size = os.stat(folder / FEATURES).st_size
+        pictures = [Picture(str(name), (int(num_bytes), int(time)), int(row)) for name, num_bytes, time, row in table["pictures"]]
         kind, identity, root, version = table["kind"], table["identity"], table["root"], table["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds a damaged gallery index ({error}); delete the folder and index again") from error
     if version != FORMAT or kind not in ("flat", "ivf-pq"):
         raise UserError(f"{folder} was written by another version (format {version}); delete the folder and index again")
-    if len(content) != rows * width or any(not 0 <= picture.row < rows for picture in pictures):
+    if size < 4 * rows * width or any(not 0 <= picture.row < rows for picture in pictures):
         raise UserError(f"{folder / FEATURES} is cut off or of another gallery; delete the folder and index again")
-    index = GalleryIndex(folder, identity, root, kind, width, pictures, content.reshape(rows, width))
+    index = GalleryIndex(folder, identity, root, kind, width, pictures, _mapped(folder / FEATURES, rows, width))
     if kind == "ivf-pq":
-        index.lists = _read_lists(folder / LISTS, rows)
+        index.lists = _read_lists(folder / LISTS, width)
     return index
 
 
@@ -186,7 +196,12 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _read_lists(path: Path, rows: int) -> Any:
+def _mapped(path: Path, rows: int, width: int) -> FloatRows:
+    """The first rows of a file of features; an empty array where there are none, which cannot be mapped."""
+    return np.memmap(path, np.float32, "r", shape=(rows, width)) if rows else np.empty((0, width), np.float32)
+
+
+def _read_lists(path: Path, width: int) -> Any:
     if problem := faiss_problem():
         raise UserError(problem)
     import faiss
@@ -195,7 +210,7 @@ def _read_lists(path: Path, rows: int) -> Any:
         lists = faiss.deserialize_index(np.fromfile(path, np.uint8))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); delete the folder and index again") from error
-    if lists.ntotal > rows:
+    if lists.d != width:
         raise UserError(f"{path} is of another gallery than {TABLE} beside it; delete the folder and index again")
     return lists
 

@@ -134,8 +134,8 @@ def load_state(
     part: of a file that holds two networks; None for the only one, and for the student where the file is ours. image_size: (H, W) in pixels, to which
     positions are brought: sines and cosines computed anew, learned ones resized; None for that of a file of ours, else (256, 128). stride_px: from
     patch to patch, or "patch" for as much; None for that of a fine-tuned model or an export of ours, else the patch. grid: (rows, columns) of the
-    file's positions where their number leaves that open. num_heads: where the width does not tell. normalisation: of the pixels, where the family's is not the file's. Raises UserError
-    naming the file and what does not fit.
+    file's positions where their number leaves that open. num_heads: where the width does not tell. normalisation: of the pixels, where the family's
+    is not the file's. Raises UserError naming the file and what does not fit.
     """
     text = str(source)
     if text.startswith(TIMM):

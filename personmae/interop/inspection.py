@@ -86,7 +86,7 @@ def _judge(name: TargetName, target: Target, content: Mapping[Any, Any], safe: b
     if not safe and target.suffix == ".safetensors":
         return Verdict(name, False, [f"the file is no safetensors: {cure}"])
     if target.weights_only and _holds_objects(content):
-        return Verdict(name, False, [f"torch.load refuses it since torch 2.6: it holds objects beside tensors (argparse's Namespace or others): {cure}"])
+        return Verdict(name, False, [f"torch.load refuses it since torch 2.6: it holds objects beside tensors (as argparse's Namespace): {cure}"])
     tensors = _unwrapped(content, target)
     if not tensors:
         return Verdict(name, False, [f"there are no tensors where it looks for them ({', '.join((*target.unwraps, 'the top'))}): {cure}"])
@@ -157,7 +157,7 @@ def _positions(
         return None, note
     tall = math.isqrt(2 * here)
     if target.positions == "ratio" and tall * tall == 2 * here and tall % 2 == 0:
-        return None, f"set its hw ratio to 2 (MODEL.PRETRAIN_HW_RATIO, --hw-ratio): it then resizes {tall}x{tall // 2} positions; 1 ends with an error"
+        return None, f"set its hw ratio to 2 (PRETRAIN_HW_RATIO, --hw-ratio): it then resizes {tall}x{tall // 2} positions; 1 ends with an error"
     return f"it takes the {here} positions for a square grid, which they are not, and ends with an error at {size}: {exact}", None
 
 
