@@ -37,7 +37,7 @@ from personmae.training.blocks import choose_compilation, set_blocks
 from personmae.training.checkpoint_writer import CheckpointWriter
 from personmae.training.checkpoints import list_checkpoints
 from personmae.training.ema import MovingAverage
-from personmae.training.environment import describe_environment
+from personmae.training.environment import commit, describe_environment
 from personmae.training.gradients import CaptureChoice, CapturedGradients, Compute, choose_capture, compute_gradients
 from personmae.training.logbook import Logbook, check_run_dir, explained_write
 from personmae.training.optimisers import build_optimiser, peak_learning_rate, update_weights
@@ -235,7 +235,7 @@ def main(config: PretrainConfig) -> int:
 
 def finish(config: PretrainConfig, student: VisionTransformer, teacher: VisionTransformer | None, step: int, total: int) -> str:
     """Write the weights and the report; returns the sentence that says how the run ended. teacher: None if it did not change."""
-    notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step)}
+    notes = {"run": config.run_dir.name, "preset": config.preset, "step": str(step), "data": Path(str(config.data.source)).name, "commit": commit()}
     weights = config.run_dir / "encoder.safetensors"
     with explained_write(config.run_dir):
         save_encoder(weights, student, notes)

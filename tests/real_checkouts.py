@@ -2,9 +2,9 @@
 
     python tests/real_checkouts.py transreid=CHECKOUT transreid-ssl=CHECKOUT cluster-contrast=CHECKOUT fast-reid=CHECKOUT torchreid=CHECKOUT
 
-A checkout is copied, and the line that docs/backbone.md names is changed in the copy. Both build their whole model by their own functions with the same
-exported file; ours then takes all weights of theirs (by the same names), and the features of both in evaluation are compared. Then each takes steps with
-that code's own loss and optimiser. CUDA calls are made to do nothing on a machine without it. Prints a table; --json FILE writes it too.
+A checkout is copied, and the line that docs/backbone.md names is changed in the copy. Both build their whole model by their own functions with the
+same exported file; ours then takes all weights of theirs (by the same names), and the features of both in evaluation are compared. Then each takes
+steps with that code's own loss and optimiser. CUDA calls do nothing on a machine without it. Prints a table; --json FILE writes it too.
 """
 
 from __future__ import annotations
