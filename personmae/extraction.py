@@ -30,13 +30,12 @@ from personmae.interop.initial_weights import load_initial
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.identity_head import NeckedEncoder
 from personmae.models.reid import ReidEncoder
-from personmae.models.weights import is_reid_file, load_reid
+from personmae.models.weights import REID_FILE, is_reid_file, load_reid
 from personmae.training.processes import choose_device
 
 UInt8Array = npt.NDArray[np.uint8]
 # One image: a file, an array or tensor (uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]), or a PIL image.
 OneImage = Any
-TUNED_FILE = "reid.safetensors"
 UNKNOWN_CAMERA = -1
 
 
@@ -139,7 +138,7 @@ def _open(
     checkpoint: Path, image_size: tuple[int, int] | None, feature: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, str, Describe, tuple[int, int]]:
     """The model on its device, the name of the feature, its describer, and the size of its images."""
-    tuned = checkpoint / TUNED_FILE if checkpoint.is_dir() else checkpoint
+    tuned = checkpoint / REID_FILE if checkpoint.is_dir() else checkpoint
     model: nn.Module
     if is_reid_file(tuned):
         scored = load_reid(tuned).scored

@@ -250,6 +250,29 @@ def test_fast_reid(checkpoint):
             fast_reid.build_personmae_backbone(fast_reid_config(**changes))
 
 
+def test_fast_reids_registry_gets_the_builder_once(monkeypatch):
+    class Registry:
+        """Of fast-reid: it can be asked for a name only, and refuses one that it has."""
+
+        def __init__(self):
+            self.builders = {}
+
+        def get(self, name):
+            return self.builders[name]
+
+        def register(self, builder):
+            assert builder.__name__ not in self.builders
+            self.builders[builder.__name__] = builder
+
+    names = ["fastreid", "fastreid.modeling", "fastreid.modeling.backbones", "fastreid.modeling.backbones.build"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    registry = sys.modules[names[-1]].BACKBONE_REGISTRY = Registry()
+    fast_reid.register()
+    fast_reid.register()
+    assert list(registry.builders) == ["build_personmae_backbone"]
+
+
 def test_torchreid(checkpoint, monkeypatch):
     package, models = types.ModuleType("torchreid"), types.ModuleType("torchreid.models")
     setattr(models, "__model_factory", {"osnet_x1_0": None})

@@ -235,19 +235,43 @@ def test_every_target_says_how_its_file_is_loaded(checkpoint, tmp_path, target):
     assert all(line in model_card(tmp_path / "w.pth", export.card) for line in lines)
 
 
-def test_onnx_computes_the_same_in_batches_of_any_size(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+@pytest.fixture
+def nano(tmp_path):
     encoder = VisionTransformer(ENCODERS["vit-nano"])
     initialise(encoder, torch.Generator().manual_seed(3))
     save_encoder(tmp_path / "encoder.safetensors", encoder, {})
-    path = exporting.main(ExportConfig(checkpoint=tmp_path / "encoder.safetensors", to="onnx", stride=12, output=tmp_path / "nano.onnx"))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return tmp_path / "encoder.safetensors"
+
+
+def test_onnx_computes_the_same_in_batches_of_any_size(nano, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    found = {}
+    for name, int8 in (("nano.onnx", False), ("int8.onnx", True)):
+        path = exporting.main(ExportConfig(checkpoint=nano, to="onnx", stride=12, output=tmp_path / name, int8=int8))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for count in (1, 5):
+            pixels = images((128, 64), count)
+            (found[name, count],) = session.run(["features"], {"images": pixels})
+    expected = features_of(nano, (128, 64), 12, pixels).numpy()
+    assert np.abs(found["nano.onnx", 5] - expected).max() < 1e-4
+    assert np.abs(found["nano.onnx", 1] - expected[:1]).max() < 1e-4
+    # In 8 bits something is lost, but not the direction.
+    cosines = (found["int8.onnx", 5] * expected).sum(1) / np.linalg.norm(found["int8.onnx", 5], axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > 0.9
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * (tmp_path / "nano.onnx").stat().st_size
+    assert "uint8 [batch, 128, 64, 3]" in (tmp_path / "nano.onnx.md").read_text()
+
+
+def test_programs_of_torch_compute_the_same(nano, tmp_path):
+    path = exporting.main(ExportConfig(checkpoint=nano, to="torch-export", output=tmp_path / "nano.pt2"))
     for count in (1, 5):
         pixels = images((128, 64), count)
-        (found,) = session.run(["features"], {"images": pixels})
-        expected = features_of(tmp_path / "encoder.safetensors", (128, 64), 12, pixels)
-        assert np.abs(found - expected.numpy()).max() < 1e-4
-    assert "uint8 [batch, 128, 64, 3]" in (tmp_path / "nano.onnx.md").read_text()
+        with torch.no_grad():
+            found = torch.export.load(path).module()(torch.from_numpy(pixels))
+        assert (found - features_of(nano, (128, 64), 16, pixels)).abs().max() < 1e-4
+    for wrong, word in (({"norm": "half"}, "leave --norm out"), ({"int8": True}, "is for onnx"), ({"output": tmp_path / "nano.bin"}, r"\.pt2")):
+        with pytest.raises(UserError, match=word):
+            exporting.main(ExportConfig(checkpoint=nano, to="torch-export", **({"output": tmp_path / "other.pt2"} | wrong)))
 
 
 CHECKOUT = """

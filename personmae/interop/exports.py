@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from personmae.interop.initial_weights import CARD, NORMALISATIONS, FittedState,
 from personmae.interop.targets import TARGETS, TargetName
 from personmae.models.zoo import ENCODERS
 
-ONNX = "onnx"  # in a card: the file is no file of weights, but a graph
+GraphName = Literal["onnx", "torch-export", "aotinductor"]  # files that are no weights, but a graph from pixels to features
 # All of them look into it, torchreid into no other.
 CONTAINER = "state_dict"
 # Loaders look for these in names of tensors, and one of them in the file's path, and then treat the file as another kind.
@@ -69,7 +69,7 @@ def export_state(state: FittedState, target: TargetName, normalisation: Normalis
 
 
 def describe_state(state: FittedState, target: str, pixels: Pixels, commit: str) -> dict[str, Any]:
-    """The card of an exported file: JSON-ready. target: a `TargetName`, or ONNX. pixels: mean and std of what the network is given."""
+    """The card of an exported file: JSON-ready. target: a `TargetName` or a `GraphName`. pixels: mean and std of what the network is given."""
     config = state.config
     return {
         "target": target,
@@ -124,11 +124,13 @@ def write_export(path: Path, export: Export) -> None:
 def how_to_load(path: Path, card: Mapping[str, Any]) -> list[str]:
     """The lines that a user of the code base needs, for this file: settings of its configuration, or code to paste."""
     height, width = card["config"]["image_size"]
-    if card["target"] == ONNX:
-        return [
-            f"session = onnxruntime.InferenceSession({str(path)!r})",
-            f'features = session.run(["features"], {{"images": images}})[0]     # images: uint8 [batch, {height}, {width}, 3] RGB',
-        ]
+    if card["target"] in get_args(GraphName):
+        call = {
+            "onnx": f'onnxruntime.InferenceSession({str(path)!r}).run(["features"], {{"images": images}})[0]',
+            "torch-export": f"torch.export.load({str(path)!r}).module()(images)",
+            "aotinductor": f"torch._inductor.aoti_load_package({str(path)!r})(images)",
+        }[card["target"]]
+        return [f"features = {call}     # images: uint8 [batch, {height}, {width}, 3] RGB"]
     kind = str(card["encoder"]).replace("-", "_")
     values = {
         "file": str(path),

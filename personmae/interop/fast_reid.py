@@ -61,5 +61,8 @@ def register() -> None:
     """Enter the builder into fast-reid's registry; a second call does nothing. fast-reid must be importable."""
     from fastreid.modeling.backbones.build import BACKBONE_REGISTRY
 
-    if NAME not in BACKBONE_REGISTRY:
+    # Its registry tells what it has only by an error.
+    try:
+        BACKBONE_REGISTRY.get(NAME)
+    except KeyError:
         BACKBONE_REGISTRY.register(build_personmae_backbone)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from personmae.interop.exports import ONNX, how_to_load
+from personmae.interop.exports import GraphName, how_to_load
 
 USE = """\
 ## Intended use, limits, law
@@ -35,11 +35,12 @@ def model_card(path: Path, card: Mapping[str, Any]) -> str:
     height, width = config["image_size"]
     rows, columns = card["grid"]
     mean, std = (", ".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
+    is_graph = card["target"] in get_args(GraphName)
     facts = {
         "network": f"{card['encoder']}: {config['width']} channels, {config['depth']} blocks, {config['num_heads']} heads",
         "patches": f"{config['patch_px']} pixels, {card['stride_px']} from one to the next",
         "images": f"{height} x {width} pixels (height x width), RGB; {rows} x {columns} patches",
-        "normalisation": "inside: the images are uint8" if card["target"] == ONNX else f"mean {mean}, std {std}, on the scale [0, 1]" + _folded(card),
+        "normalisation": "inside: the images are uint8" if is_graph else f"mean {mean}, std {std}, on the scale [0, 1]" + _folded(card),
         "positions": "learned" if card["learned_positions"] else "sines and cosines, fixed in training",
         "made for": card["target"],
         "made from": f"{card['source']} ({card['family']})",

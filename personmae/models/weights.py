@@ -18,6 +18,7 @@ from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.vit import VisionTransformer, VitConfig
 
 ENCODER, REID = "personmae", "personmae-reid"  # names of the header's entry
+REID_FILE = "reid.safetensors"  # of a fine-tuning run, the weights of its last epoch
 AFTER_NECK = "after-neck"  # name of a note: the features that are compared are those after the neck
 
 

@@ -18,6 +18,7 @@ from personmae.data.packs.examining import DuplicateKind, PackSettings
 from personmae.data.packs.transcoding import Subsampling, Transcoding
 from personmae.data.sequences import MotBoxes
 from personmae.data.verdicts import MAX_PIXELS, MIN_SIDE_PX, Limits
+from personmae.interop.exports import GraphName
 from personmae.interop.initial_weights import Normalisation
 from personmae.interop.targets import TargetName
 
@@ -195,12 +196,13 @@ class ExportConfig:
     """Weights for another code base."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder, an encoder.safetensors, a fine-tuned model, or a ViT of another project
-    to: TargetName | Literal["onnx"]  # the code base
+    to: TargetName | GraphName  # the code base, or a graph from pixels to features
     output: Path | None = None  # the file; by default ENCODER-TARGET-HEIGHTxWIDTH.pth here
     size: tuple[int, int] | None = None  # height, width of the images there, in pixels; by default those of the checkpoint
     stride: int | None = None  # pixels from patch to patch there; by default that of the checkpoint, 16 for an encoder
     norm: Normalisation | None = None  # of the pixels there, folded into the patch embedding; by default what the code base does
     foreign: ForeignWeights = ForeignWeights()
+    int8: bool = False  # of onnx: weights of matrix products in 8 bits, for CPUs
     overwrite: bool = False  # a file that is there already
 
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
 
 from personmae.configs import UserError
 from personmae.interop.checkouts import compare_with_checkout
-from personmae.interop.exports import ONNX, describe_state, encoder_name, export_state, how_to_load, write_export
+from personmae.interop.exports import GraphName, describe_state, encoder_name, export_state, how_to_load, write_export
 from personmae.interop.initial_weights import FittedState, load_state
 from personmae.interop.inspection import inspect_file
 from personmae.interop.model_cards import write_model_card
-from personmae.interop.onnx_files import compare_onnx, write_onnx
+from personmae.interop.onnx_files import open_onnx, write_onnx
+from personmae.interop.pixel_features import BATCHES, largest_difference
 from personmae.interop.targets import TARGETS, TargetName
+from personmae.interop.torch_programs import open_program, write_program
 from personmae.recipes.programs import ExportConfig, InspectConfig, VerifyConfig
 from personmae.training.environment import commit
 
@@ -32,14 +34,12 @@ def main(config: ExportConfig, say: Say = print) -> Path:
     path = config.output or _default_path(state, config.to)
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} is there already; name another with --output, or give --overwrite")
-    if config.to == "onnx":
-        if config.norm is not None:
-            raise UserError("an ONNX file normalises its images itself; leave --norm out")
-        card = describe_state(state, ONNX, (state.config.mean, state.config.std), commit())
-        write_onnx(path, state, card)
-        say(f"features in onnxruntime differ by at most {compare_onnx(path, state):.1e}, batches of 1 and 3")
+    if config.int8 and config.to != "onnx":
+        raise UserError(f"--int8 is for onnx, not for {config.to}")
+    if config.to in ("onnx", "torch-export", "aotinductor"):
+        card = _write_graph(config, path, state, say)
     else:
-        export = export_state(state, config.to, config.norm, commit())
+        export = export_state(state, cast(TargetName, config.to), config.norm, commit())
         write_export(path, export)
         card = export.card
     say(f"{path}: {card['encoder']}, {state.grid[0]} x {state.grid[1]} patches; card: {write_model_card(path, card)}")
@@ -82,8 +82,23 @@ def _state_of(config: ExportConfig | VerifyConfig) -> FittedState:
     )
 
 
-def _default_path(state: FittedState, to: TargetName | Literal["onnx"]) -> Path:
+def _write_graph(config: ExportConfig, path: Path, state: FittedState, say: Say) -> dict[str, Any]:
+    """Writes a graph, and says how far its features are from PyTorch's; returns its card."""
+    if config.norm is not None:
+        raise UserError(f"{config.to} normalises its images inside; leave --norm out")
+    card = describe_state(state, config.to, (state.config.mean, state.config.std), commit()) | {"int8": config.int8}
+    if config.to == "onnx":
+        write_onnx(path, state, card, config.int8)
+        run = open_onnx(path)
+    else:
+        write_program(path, state, compiled=config.to == "aotinductor")
+        run = open_program(path, compiled=config.to == "aotinductor")
+    say(f"its features differ by at most {largest_difference(state, run):.1e} from PyTorch's, in batches of {BATCHES[0]} and {BATCHES[1]}")
+    return card
+
+
+def _default_path(state: FittedState, to: TargetName | GraphName) -> Path:
     height, width = state.config.image_size
     stride = "" if state.stride_px == state.config.patch_px else f"-stride{state.stride_px}"
-    suffix = ".onnx" if to == "onnx" else TARGETS[to].suffix
+    suffix = TARGETS[to].suffix if to in TARGETS else ".onnx" if to == "onnx" else ".pt2"
     return Path(f"{encoder_name(state).replace(' ', '-').replace(',', '')}-{to}-{height}x{width}{stride}{suffix}")

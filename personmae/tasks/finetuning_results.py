@@ -15,10 +15,9 @@ from personmae.data.reid import ReidSet
 from personmae.evaluation.protocol import Evaluation, ScoringConfig
 from personmae.models.identity_head import IdentityHead
 from personmae.models.reid import ReidEncoder, plain_encoder
-from personmae.models.weights import load_reid, save_encoder, save_reid
+from personmae.models.weights import REID_FILE, load_reid, save_encoder, save_reid
 from personmae.recipes.finetuning import TrainConfig
 from personmae.tasks.model_scores import Scored, camera_notes, cameras_known, evaluate_model
-from personmae.tasks.retrieval import LAST_FILE
 from personmae.tasks.retrieval_results import draw_ranked_lists, write_evaluations, write_score_files
 from personmae.training.best_epoch import BestEpoch
 from personmae.training.logbook import explained_write
@@ -58,7 +57,7 @@ def write_weights(
 ) -> Path:
     """reid.safetensors of the run, and encoder.safetensors where the encoder by itself is one of timm's terms; returns the first. more: notes."""
     notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step), **camera_notes(sets), **more}
-    path = config.run_dir / LAST_FILE
+    path = config.run_dir / REID_FILE
     with explained_write(config.run_dir):
         save_reid(path, encoder, head, notes)
         plain = plain_encoder(encoder)
@@ -90,7 +89,7 @@ def score_run(
             say(f"{name:22} {scores}")
         pictures = draw_ranked_lists(config.run_dir, label, reid_set, found, {START: "before training", LAST: "after training"})
         folder = config.run_dir / "evaluation" / label.replace(" ", "-")
-        write_score_files(folder, found[LAST].scores, found[LAST].headline, checkpoint=str(config.run_dir / LAST_FILE), set=label)
+        write_score_files(folder, found[LAST].scores, found[LAST].headline, checkpoint=str(config.run_dir / REID_FILE), set=label)
         contents.append({
             "set": label,
             "rules": str(scoring),
@@ -100,7 +99,7 @@ def score_run(
             "page": None,
             "notes": [f"Rules: {scoring}. {scoring.convention.about}", *notes],
         })
-    write_evaluations(config.run_dir, contents, LAST_FILE)
+    write_evaluations(config.run_dir, contents, REID_FILE)
     return rows
 
 

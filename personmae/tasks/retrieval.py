@@ -35,7 +35,7 @@ from personmae.evaluation.scores import Scores
 from personmae.interop.initial_weights import load_initial
 from personmae.models.masked import PersonMAE
 from personmae.models.vit import VisionTransformer, initialise
-from personmae.models.weights import is_encoder_file, is_reid_file, load_encoder, load_reid
+from personmae.models.weights import REID_FILE, is_encoder_file, is_reid_file, load_encoder, load_reid
 from personmae.recipes.pretraining import PretrainConfig
 from personmae.recipes.programs import RetrievalConfig
 from personmae.tasks.model_scores import cameras_known, evaluate_model
@@ -47,8 +47,6 @@ from personmae.visuals.report_scores import HISTOGRAM, PRETRAINED, RANDOM
 from personmae_kernels.launching import describe_operators
 
 Say = Callable[[str], object]
-# Of a fine-tuning run, the weights of its last epoch.
-LAST_FILE = "reid.safetensors"
 Table = dict[tuple[str, str], Scores]  # (set, "model: feature") -> scores
 
 
@@ -66,7 +64,7 @@ def main(config: RetrievalConfig, say: Say = print) -> list[dict[str, Any]]:
     sets = open_sets(config.data, config.split) if config.checkpoint else []
     names = distinct_names([checkpoint.absolute() for checkpoint in config.checkpoint])
     for checkpoint, name in zip(config.checkpoint, names, strict=True):
-        tuned = checkpoint / LAST_FILE if checkpoint.is_dir() else checkpoint
+        tuned = checkpoint / REID_FILE if checkpoint.is_dir() else checkpoint
         if is_reid_file(tuned):
             rows += score_tuned(tuned, checkpoint, name, sets, config, scoring, table, say)
             continue
