@@ -21,6 +21,7 @@ COMMANDS = {
     "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
     "extract": "features of a folder of images, into an .npz",
     "search": "the pictures of a gallery that show who a query shows; keeps an index of the gallery",
+    "serve": "a local web page to search a gallery: drop a picture, browse results",
     "export": "CHECKPOINT --to transreid, fast-reid, torchreid, timm, onnx ...: weights for other code",
     "inspect": "FILE: what each code base would do with a file of weights",
     "verify-export": "CHECKPOINT --to transreid --repo CHECKOUT: builds the real class there, and compares features",
@@ -102,7 +103,7 @@ def _run(command: str, arguments: list[str]) -> None:
         cropping.main(_parse(CropConfig, program, cropping, arguments))
     elif command in ("export", "inspect", "verify-export"):
         _run_export(command, arguments)
-    elif command in ("extract", "search"):
+    elif command in ("extract", "search", "serve"):
         _run_features(command, arguments)
     else:
         from personmae.recipes.programs import DrawConfig
@@ -124,11 +125,13 @@ def _run_export(command: str, arguments: list[str]) -> None:
 
 
 def _run_features(command: str, arguments: list[str]) -> None:
-    from personmae.recipes.programs import ExtractConfig, SearchConfig
-    from personmae.tasks import extracting, searching
+    from personmae.recipes.programs import ExtractConfig, SearchConfig, ServeConfig
+    from personmae.tasks import extracting, searching, serving
 
     if command == "extract":
         extracting.main(_parse(ExtractConfig, "personmae extract", extracting, arguments))
+    elif command == "serve":
+        serving.main(_parse(ServeConfig, "personmae serve", serving, arguments))
     else:
         searching.main(_parse(SearchConfig, "personmae search", searching, arguments))
 

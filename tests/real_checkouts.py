@@ -168,7 +168,8 @@ def build_fast_reid(request):
     def step():
         with storage(0):
             loss = sum(model(inputs()).values())
-        optimiser.zero_grad()
+        # Its buffers of gradients must stay where they are.
+        optimiser.zero_grad(set_to_none=False)
         loss.backward()
         optimiser.step()
         return loss.item()

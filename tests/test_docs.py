@@ -1,4 +1,4 @@
-"""The commands and the Python of the docs run as they stand there; blocks that need a checkout of other code are left out, and only those."""
+"""The commands and the Python of the docs run as they stand there; left out are blocks that need a checkout of other code or serve for ever."""
 
 import re
 import shlex
@@ -15,13 +15,14 @@ from personmae.models.weights import save_encoder
 from personmae.models.zoo import ENCODERS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-CHECKOUT = "<!-- needs a checkout -->"
+# What stands above a block that is not run: it needs other people's code, or does not end by itself.
+LEFT_OUT = "<!-- (?:needs a checkout|serves until it is ended) -->"
 
 
 def blocks(page):
     """(language, code) of the fenced blocks that are to be run."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    found = re.finditer(rf"({CHECKOUT}\n)?```(\w+)\n(.*?)```", text, re.DOTALL)
+    found = re.finditer(rf"({LEFT_OUT}\n)?```(\w+)\n(.*?)```", text, re.DOTALL)
     return [(match[2], match[3]) for match in found if not match[1]]
 
 

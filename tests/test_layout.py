@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(["configs"], 1),
     **dict.fromkeys(["models", "data", "evaluation"], 2),
     **dict.fromkeys(["training", "visuals", "interop"], 3),
-    **dict.fromkeys(["recipes", "extraction"], 4),
+    **dict.fromkeys(["recipes", "extraction", "search_server"], 4),
     **dict.fromkeys(["pretrain", "demo", "tasks"], 5),
     **dict.fromkeys(["cli", "__main__"], 6),
 }

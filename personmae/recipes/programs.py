@@ -18,6 +18,7 @@ from personmae.data.packs.examining import DuplicateKind, PackSettings
 from personmae.data.packs.transcoding import Subsampling, Transcoding
 from personmae.data.sequences import MotBoxes
 from personmae.data.verdicts import MAX_PIXELS, MIN_SIDE_PX, Limits
+from personmae.evaluation.gallery_index import IndexKind
 from personmae.interop.exports import GraphName
 from personmae.interop.initial_weights import Normalisation
 from personmae.interop.targets import TargetName
@@ -252,20 +253,35 @@ class ExtractConfig(ExtractionConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchConfig(ExtractionConfig):
+class GalleryConfig(ExtractionConfig):
+    """How a gallery is searched."""
+
+    index: Path | None = None  # folder in which the gallery's features are kept; by default GALLERY-index beside the gallery
+    kind: IndexKind | None = None  # of a new index: flat is exact; ivf-pq is for millions; by default flat
+    top: int = 10  # pictures for each query
+
+    def __post_init__(self) -> None:
+        require_positive(self, "top")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig(GalleryConfig):
+    """A local web page over a gallery."""
+
+    gallery: Annotated[Path, tyro.conf.Positional]  # a folder of images
+    host: str = "127.0.0.1"  # this machine alone; 0.0.0.0 for all who can reach it, without a password
+    port: int = 8000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig(GalleryConfig):
     """Pictures of a gallery that show who a query shows."""
 
     query: Annotated[Path, tyro.conf.Positional]  # an image, or a folder of images
     gallery: Annotated[Path, tyro.conf.Positional]  # a folder of images
-    index: Path | None = None  # folder in which the gallery's features are kept; by default GALLERY-index beside the gallery
-    kind: Literal["flat", "ivf-pq"] | None = None  # of a new index: flat is exact; ivf-pq is for millions; by default flat
-    top: int = 10  # pictures for each query
     json: Path | None = None  # also as JSON
     page: Path | None = None  # also as an HTML page with the pictures
     quiet: bool = False  # without the table
-
-    def __post_init__(self) -> None:
-        require_positive(self, "top")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from personmae.data.atomic import write_whole
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.evaluation.gallery_index import GalleryIndex, new_gallery, open_gallery, stamp_of
 from personmae.extraction import FeatureExtractor
-from personmae.recipes.programs import SearchConfig
+from personmae.recipes.programs import GalleryConfig, SearchConfig, ServeConfig
 from personmae.tasks.extracting import open_extractor
 from personmae.visuals.contact_sheet import SheetRow, write_contact_sheet
 
@@ -55,7 +55,7 @@ def main(config: SearchConfig, say: Say = print) -> list[dict[str, Any]]:
     return results
 
 
-def build_gallery(config: SearchConfig, extractor: FeatureExtractor, say: Say = print) -> GalleryIndex:
+def build_gallery(config: SearchConfig | ServeConfig, extractor: FeatureExtractor, say: Say = print) -> GalleryIndex:
     """The gallery's index, with what has come since it was written, and without what is gone. Raises UserError for one of other weights or another
     folder, and for a kind that is not the index's."""
     source = build_index(config.gallery, announce=say)
@@ -83,7 +83,7 @@ def build_gallery(config: SearchConfig, extractor: FeatureExtractor, say: Say = 
     return index
 
 
-def _check_same(index: GalleryIndex, folder: Path, root: Path, extractor: FeatureExtractor, config: SearchConfig) -> None:
+def _check_same(index: GalleryIndex, folder: Path, root: Path, extractor: FeatureExtractor, config: GalleryConfig) -> None:
     if index.identity != extractor.identity:
         raise UserError(f"{folder} was made with other weights or settings (image size, flip, precision); name another with --index, or delete it")
     if index.root != str(root):

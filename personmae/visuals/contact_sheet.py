@@ -49,13 +49,14 @@ def write_contact_sheet(path: Path, rows: Sequence[SheetRow], title: str, note: 
 def _figure(file: Path, label: str, caption: str, kind: str) -> str:
     inside = f"<figcaption>{text(label)}: {text(caption)}</figcaption>"
     try:
-        picture = f'<img alt="{text(caption)}" width="{THUMBNAIL[1]}" height="{THUMBNAIL[0]}" src="{data_uri(_thumbnail(file), ".jpg")}">'
+        picture = f'<img alt="{text(caption)}" width="{THUMBNAIL[1]}" height="{THUMBNAIL[0]}" src="{data_uri(thumbnail(file), ".jpg")}">'
     except UnreadableImage as error:
         picture = missing(str(error))
     return f'<figure class="{kind}">{picture}{inside}</figure>'
 
 
-def _thumbnail(file: Path) -> bytes:
+def thumbnail(file: Path) -> bytes:
+    """A picture file, small, as the content of a JPEG. Raises UnreadableImage."""
     buffer = io.BytesIO()
     Image.fromarray(resize(read_image(file), THUMBNAIL)).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
