@@ -125,6 +125,7 @@ def test_an_export_read_again_is_the_same_encoder_for_any_pixels(checkpoint, tmp
     write_export(file, export_state(load_state(checkpoint, image_size=(384, 128), stride_px=12), "transreid"))
     state = load_state(file)
     assert (state.config.image_size, state.stride_px, state.grid, state.config.num_heads) == ((384, 128), 12, (31, 10), 3)
+    assert state.notes == {"step": "7", "data": "crops of a test"}
     write_export(back, export_state(load_state(file, image_size=(256, 128), stride_px=16), "timm"))
     again = load_initial(back).encoder
     pixels = torch.from_numpy(images((256, 128)))

@@ -108,6 +108,9 @@ def test_damaged_folders_are_told(tmp_path):
     with pytest.raises(UserError, match="no gallery index"):
         open_gallery(tmp_path / "other")
     assert open_gallery(tmp_path / "new") is None
+    # Stopped before the first save.
+    new_gallery(tmp_path / "stopped", "weights 1", tmp_path, "flat", 32).update(stamped(["a"]), clustered(1), [])
+    assert open_gallery(tmp_path / "stopped") is None
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
     ivf-pq   faiss: inverted lists of product-quantised features find candidates, whose distances are then taken from the features themselves
              (Jegou et al., "Product Quantization for Nearest Neighbor Search", 2011); for 10,000 images and more
 
-A folder holds gallery.json (what it is,, pictures with size and time of change), features.f32 (rows of D float32 of unit length, those of
+A folder holds gallery.json (what it is, and its pictures), features.f32 (rows of D float32 of unit length, those of
 pictures that are gone too) and, for ivf-pq, lists.faiss. New features are appended first, and gallery.json is written last and whole: a stopped
 addition leaves the old gallery, and what it has appended is written over.
 """
@@ -67,6 +67,10 @@ class GalleryIndex:
     pictures: list[Picture]
     features: FloatRows  # [rows, D], those of pictures that are gone too; mapped from the file
     lists: Any = None  # faiss.Index
+    names: dict[int, str] = dataclasses.field(init=False)  # row -> picture
+
+    def __post_init__(self) -> None:
+        self.names = {picture.row: picture.name for picture in self.pictures}
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -86,6 +90,7 @@ class GalleryIndex:
         first = len(self.features)
         self.pictures = [picture for picture in self.pictures if picture.name not in dropped]
         self.pictures += [Picture(name, stamp, first + number) for number, (name, stamp) in enumerate(added)]
+        self.names = {picture.row: picture.name for picture in self.pictures}
         self._append(features)
         if self.kind == "ivf-pq":
             if self.lists is None:
@@ -138,22 +143,22 @@ class GalleryIndex:
         self.features = _mapped(path, rows + len(features), self.width)
 
     def _alive(self) -> FloatRows:
-        return self.features[[picture.row for picture in self.pictures]]
+        """The features of the pictures, in their order [N, D]."""
+        return self.features if len(self.pictures) == len(self.features) else self.features[[picture.row for picture in self.pictures]]
 
     def _search_lists(self, queries: FloatRows, k: int) -> Hits:
-        by_row = {picture.row: picture.name for picture in self.pictures}
         self.lists.nprobe = max(MIN_PROBES, self.lists.nlist // 16)
         # Rows of pictures that are gone stay in the lists, so as many more candidates are asked for.
-        gone = int(self.lists.ntotal) - len(by_row)
+        gone = int(self.lists.ntotal) - len(self.names)
         wanted = min(int(self.lists.ntotal), CANDIDATES * k + gone)
         _, candidates = self.lists.search(np.ascontiguousarray(queries, dtype=np.float32), wanted)
         names, similarities = [], []
         for query, row in zip(queries, candidates, strict=True):
             # A row may stand twice in the lists, where an addition was stopped and made again.
-            alive = np.array([number for number in np.unique(row) if number in by_row], np.int64)
+            alive = np.array([number for number in np.unique(row) if number in self.names], np.int64)
             exact = self.features[alive] @ query
             order = np.lexsort((alive, -exact))[:k]
-            names.append([by_row[int(alive[place])] for place in order])
+            names.append([self.names[int(alive[place])] for place in order])
             similarities.append([float(exact[place]) for place in order])
         return Hits(names, similarities)
 
@@ -169,7 +174,8 @@ def open_gallery(folder: Path) -> GalleryIndex | None:
     """The gallery of a folder; None if there is none yet. Raises UserError if it is damaged, or the folder holds something else."""
     path = folder / TABLE
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        # What a first indexing leaves that was stopped before its end is written over.
+        if folder.is_dir() and any(not entry.name.startswith((TABLE, FEATURES, LISTS)) for entry in folder.iterdir()):
             raise UserError(f"{folder} is no gallery index and not empty; name another folder with --index")
         return None
     try:

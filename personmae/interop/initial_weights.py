@@ -161,19 +161,29 @@ def load_state(
     return _fit(mapped, config, network, str(path), resize, _checked_stride(stride_px, config, str(path)), given=grid)
 
 
-def _read_card(content: Mapping[Any, Any], headers: Mapping[str, str], source: str) -> tuple[VitConfig, int] | None:
-    """Configuration and stride that our own export has written into the file; None for a file of somebody else."""
+class _Card(NamedTuple):
+    """What our own export has written into a file."""
+
+    config: VitConfig
+    stride_px: int
+    notes: dict[str, str]
+
+
+def _read_card(content: Mapping[Any, Any], headers: Mapping[str, str], source: str) -> _Card | None:
+    """None for a file of somebody else."""
     card = json.loads(headers[CARD]) if CARD in headers else content.get(CARD)
     if card is None:
         return None
     if not isinstance(card, Mapping) or not isinstance(card.get("config"), Mapping) or not isinstance(card.get("stride_px"), int):
         raise UserError(f"{source} has an entry {CARD} that no export of ours wrote; export the weights again")
-    return from_plain(VitConfig, card["config"]), card["stride_px"]
+    notes = card.get("notes")
+    told = {str(name): str(note) for name, note in notes.items()} if isinstance(notes, Mapping) else {}
+    return _Card(from_plain(VitConfig, card["config"]), card["stride_px"], told)
 
 
 def _load_exported(
     mapped: MappedKeys,
-    card: tuple[VitConfig, int],
+    card: _Card,
     network: Network,
     source: str,
     image_size: tuple[int, int] | None,
@@ -181,11 +191,13 @@ def _load_exported(
     resize: PositionResizing,
 ) -> FittedState:
     """A file of our own export: its normalisation, heads, grid and stride are told in it."""
-    own, own_stride = card
+    own, own_stride = card.config, card.stride_px
     config = dataclasses.replace(own, image_size=_checked_size(image_size or own.image_size, own.patch_px, source))
     stride_px = _checked_stride(own_stride if stride_px is None else stride_px, config, source)
     known = patch_grid(own.image_size, own.patch_px, own_stride)
-    return _fit(mapped._replace(family=OWN), config, network, source, resize, stride_px, known=known, own_step=own_stride / own.patch_px)
+    mapped = mapped._replace(family=OWN)
+    state = _fit(mapped, config, network, source, resize, stride_px, known=known, own_step=own_stride / own.patch_px)
+    return state._replace(notes=card.notes)
 
 
 def _load_ours(
