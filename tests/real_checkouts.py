@@ -24,6 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
+# A program's own folder is on the path, the root is not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks._measure import write_result
 from personmae.interop.checkout_child import use_checkout
 from personmae.interop.checkouts import CHECKABLE, checkout_root
 from personmae.interop.exports import export_state, write_export
@@ -334,7 +338,7 @@ def main():
             assert row["difference"] < 1e-4, row
             assert np.isfinite(row["losses_ours"]).all(), row
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_result(arguments.json, "real_checkouts", {"size": list(SIZE), "batch_size": NUM_PEOPLE * EACH, "num": NUM_TIMED}, rows)
     return None
 
 
