@@ -2,6 +2,7 @@
 
 python benchmarks/accuracy.py [--folder runs/accuracy] [--jobs 2]           all of it
 python benchmarks/accuracy.py --tasks holistic --starts scratch personmae  a part of it; a part that is done is not done again
+python benchmarks/accuracy.py --scale small --jobs 1                        ViT-S on images of 256 x 128 pixels, for a GPU
 python benchmarks/accuracy.py --data market1501=/data/market --unlabelled /data/crops --tasks zero-shot holistic usl       on sets of your own
 
 Starts: scratch (no pre-training), mae (plain MAE) and personmae, pre-trained for equally many steps on the unlabelled crops of one city with each
@@ -28,10 +29,33 @@ from benchmarks._parts import Part, Parts, no_rows, zero_shot_command, zero_shot
 from personmae.configs import user_errors_exit
 from personmae.data.mannequins import MannequinsConfig, draw_mannequins
 
-STARTS = {"scratch": None, "mae": "mae-nano", "mae-equal-time": "mae-nano", "personmae": "vit-nano"}
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of network, what it is pre-trained by, and the flags that its size asks for."""
+
+    encoder: str
+    mae: str  # presets of personmae pretrain
+    personmae: str
+    size: tuple[int, int]  # height, width of the drawn images in pixels
+    pretrain: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+
+    def preset(self, start: str) -> str | None:
+        """What a start is pre-trained by; None from nothing."""
+        return {"scratch": None, "personmae": self.personmae}.get(start, self.mae)
+
+
+SCALES = {
+    # One thread each: runs go side by side on a CPU.
+    "nano": Scale(
+        "vit-nano", "mae-nano", "vit-nano", (128, 64), ("--data.loader.num-threads", "1"), ("--loader.num-threads", "1")
+    ),
+    "small": Scale("vit-small", "mae-small", "vit-small", (256, 128), ("--batch-size", "256"), ("--model.image-size", "256", "128")),
+}
+STARTS = ("scratch", "mae", "mae-equal-time", "personmae")
 DEFAULT_STARTS = ["scratch", "mae", "personmae"]
 TASKS = ("zero-shot", "holistic", "occluded", "usl", "uda")
-SIZE = (128, 64)
 PRETRAIN_STEPS = 4000
 # The row of each task that counts: features as they are are scored after whitening, and no epoch is chosen by its scores.
 COUNTED = ("last epoch", "mean, whitened")
@@ -40,8 +64,9 @@ COUNTED = ("last epoch", "mean, whitened")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/accuracy"), help="where data, runs and results go")
-    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=DEFAULT_STARTS)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=DEFAULT_STARTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--scale", choices=list(SCALES), default="nano")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each with one thread")
     parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN_STEPS)
@@ -91,7 +116,7 @@ def missing_set(options: argparse.Namespace) -> str | None:
     if options.data is None:
         given = [flag for flag, (value, _) in [*needed.items(), ("--unlabelled", (options.unlabelled, ""))] if value]
         return f"{given[0]} goes with --data, the labelled set of your own" if given else None
-    if options.unlabelled is None and any(STARTS[start] for start in options.starts):
+    if options.unlabelled is None and any(start != "scratch" for start in options.starts):
         return "--data needs --unlabelled, the images to pre-train on (the training part of the set, say), or --starts scratch alone"
     lacking = [f"--tasks {task} needs {flag}" for flag, (value, task) in needed.items() if task in options.tasks and value is None]
     return f"with --data, {lacking[0]}; or leave that task out" if lacking else None
@@ -104,7 +129,7 @@ def own_sets(options: argparse.Namespace) -> Sets:
 
 def draw_cities(options: argparse.Namespace) -> Sets:
     """The city that is pre-trained and tested on, and the one that uda comes from."""
-    numbers = {"size_px": SIZE, "num_train_ids": options.num_train_ids, "num_test_ids": options.num_test_ids}
+    numbers = {"size_px": SCALES[options.scale].size, "num_train_ids": options.num_train_ids, "num_test_ids": options.num_test_ids}
     occluded = {"num_occluded_train_ids": options.num_train_ids, "num_occluded_test_ids": options.num_test_ids}
     here = MannequinsConfig(**numbers, **occluded, num_unlabelled=options.num_unlabelled)
     draw_mannequins(options.folder / "rivermouth", here)
@@ -117,16 +142,17 @@ def draw_cities(options: argparse.Namespace) -> Sets:
 
 def parts_of(options: argparse.Namespace, sets: Sets) -> tuple[list[Part], list[Part]]:
     """The pre-training runs, and all that begin with what those leave."""
+    scale = SCALES[options.scale]
     first, then = [], []
     for seed in options.seeds:
         for start in options.starts:
-            preset, run_dir = STARTS[start], options.folder / f"{start}-seed{seed}"
+            preset, run_dir = scale.preset(start), options.folder / f"{start}-seed{seed}"
             if preset is not None:
                 steps = round(options.pretrain_steps * (options.equal_time if start == "mae-equal-time" else 1))
-                where = ("--data.source", sets.unlabelled, "--run-dir", str(run_dir), "--seed", str(seed), "--data.loader.num-threads", "1")
+                where = ("--data.source", sets.unlabelled, "--run-dir", str(run_dir), "--seed", str(seed), *scale.pretrain)
                 pretrain = ("-m", "personmae", "pretrain", preset, *where, "--schedule.steps", str(steps))
                 first.append(Part(f"pretrain-{start}-seed{seed}", {}, pretrain, no_rows))
-            init = str(run_dir) if preset is not None else "random:vit-nano"
+            init = str(run_dir) if preset is not None else f"random:{scale.encoder}"
             for task in options.tasks:
                 own = options.folder / f"{task}-{start}-seed{seed}"
                 about = {"task": task, "start": start, "seed": seed}
@@ -141,7 +167,7 @@ def parts_of(options: argparse.Namespace, sets: Sets) -> tuple[list[Part], list[
 def train_command(options: argparse.Namespace, task: str, seed: int, init: str, own: Path, sets: Sets) -> list[str]:
     """Arguments of `personmae` for one task."""
     data = sets.occluded if task == "occluded" else sets.labelled
-    flags = ["--data", data, "--init", init, "--run-dir", str(own), "--seed", str(seed), "--loader.num-threads", "1"]
+    flags = ["--data", data, "--init", init, "--run-dir", str(own), "--seed", str(seed), *SCALES[options.scale].train]
     flags += ["--source", sets.source] if task == "uda" else []
     flags += ["--schedule.epochs", str(options.epochs)] if options.epochs else []
     if options.epochs and task in ("holistic", "occluded"):

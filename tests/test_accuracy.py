@@ -1,5 +1,6 @@
 """The benchmarks of what pre-training is worth: their runs, their tables, and that what is done is not done again."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import ablations, accuracy, fidelity, finetuning
 from benchmarks._parts import Part, Parts, no_rows
+from personmae import pretrain
 from personmae.configs import UserError
 from tests.test_finetuning import mannequins, weights  # noqa: F401  (fixtures)
 
@@ -43,8 +45,28 @@ def test_parts_add_up(tmp_path):
     assert [line.split(" | ")[:2] for line in table[1:]] == [["| holistic", "scratch"], ["| holistic", "personmae"], ["| zero-shot", "personmae"]]
 
 
+@pytest.mark.parametrize("scale", accuracy.SCALES)
+def test_every_run_of_both_scales_is_understood(tmp_path, scale):
+    size, encoder = accuracy.SCALES[scale].size, accuracy.SCALES[scale].encoder
+    numbers = {"seeds": [0], "pretrain_steps": 8, "equal_time": 1.5, "epochs": None}
+    options = Namespace(folder=tmp_path, scale=scale, starts=list(accuracy.STARTS), tasks=list(accuracy.TASKS), **numbers)
+    first, then = accuracy.parts_of(options, accuracy.Sets("u", "l", "o", "s"))
+    assert {part.name: pretrain.from_command_line(part.command[3:]).schedule.steps for part in first} == {
+        "pretrain-mae-seed0": 8,
+        "pretrain-mae-equal-time-seed0": 12,
+        "pretrain-personmae-seed0": 8,
+    }
+    trained = [part for part in then if "train" in part.command]
+    assert len(trained) == 4 * 4
+    for part in trained:
+        module = importlib.import_module(f"personmae.tasks.{part.about['task']}")
+        config = module.from_command_line(list(part.command[4:]))
+        assert config.model.image_size == size
+        assert config.init == (f"random:{encoder}" if part.about["start"] == "scratch" else str(tmp_path / f"{part.about['start']}-seed0"))
+
+
 def test_sets_of_the_users_own(tmp_path, monkeypatch, capsys):
-    accuracy.draw_cities(Namespace(folder=tmp_path, num_train_ids=12, num_test_ids=5, num_unlabelled=40, tasks=["holistic"]))
+    accuracy.draw_cities(Namespace(folder=tmp_path, num_train_ids=12, num_test_ids=5, num_unlabelled=40, tasks=["holistic"], scale="nano"))
     city, own = tmp_path / "rivermouth", tmp_path / "own"
     flags = ("--data", f"market1501={city}", "--unlabelled", str(city / "unlabelled"))
     for wrong, said in (

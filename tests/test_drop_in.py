@@ -174,6 +174,23 @@ def test_a_step_of_training_lowers_the_loss(dtype):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_fast_attention_gives_the_same(dtype):
+    torch.manual_seed(8)
+    model = transreid.deit_small_patch16_224_TransReID(camera=2, drop_path_rate=0.0).eval()
+    labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = model(pixels(), cam_label=labels)
+    model.cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        found = model(pixels().cuda(), cam_label=labels.cuda())
+    found.square().mean().backward()
+    tolerance = 2e-3 if dtype == torch.float32 else 0.1
+    assert (found.detach().cpu().float() - expected).abs().max() < tolerance
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 def test_a_block_drops_its_branches_at_its_rate_and_is_the_same_either_way():
     torch.manual_seed(5)
     block = PlainBlock(32, 2, 2.0, drop_rate=0.25)

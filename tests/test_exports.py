@@ -134,6 +134,34 @@ def test_an_export_read_again_is_the_same_encoder_for_any_pixels(checkpoint, tmp
     assert difference.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"config": 3}, "no export of ours wrote"),
+        ({"stride_px": None}, "no export of ours wrote"),
+        ({"stride_px": 99}, "stride of 99"),
+        ({"config": {"image_size": [10**9, 10**9]}}, "does not divide|no grid"),
+        ({"config": {"num_heads": 5}}, "5 heads"),
+        ({"config": {"surprise": 1}}, "surprise"),
+    ],
+)
+def test_a_card_that_somebody_has_changed_is_told(checkpoint, tmp_path, change, word):
+    export = export_state(load_state(checkpoint), "transreid")
+    card = dict(export.card)
+    for name, value in change.items():
+        card[name] = {**card[name], **value} if isinstance(value, dict) else value
+    write_export(tmp_path / "w.pth", export._replace(card=card))
+    with pytest.raises(UserError, match=word):
+        load_state(tmp_path / "w.pth")
+
+
+def test_a_card_cannot_make_the_network_larger_than_its_tensors(checkpoint, tmp_path):
+    export = export_state(load_state(checkpoint), "transreid")
+    card = {**export.card, "config": {**export.card["config"], "depth": 10**9, "width": 10**6 * 4}}
+    write_export(tmp_path / "w.pth", export._replace(card=card))
+    assert (load_state(tmp_path / "w.pth").config.depth, load_state(tmp_path / "w.pth").config.width) == (12, 192)
+
+
 def test_a_fine_tuned_model_gives_its_encoder_with_its_stride(checkpoint, tmp_path):
     model = ReidEncoder(load_encoder(checkpoint), ReidConfig(image_size=(256, 128), stride_px=12, camera_weight=3.0), num_cameras=4).eval()
     save_reid(tmp_path / "reid.safetensors", model, None, {})

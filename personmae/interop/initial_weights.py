@@ -171,7 +171,10 @@ class _Card(NamedTuple):
 
 def _read_card(content: Mapping[Any, Any], headers: Mapping[str, str], source: str) -> _Card | None:
     """None for a file of somebody else."""
-    card = json.loads(headers[CARD]) if CARD in headers else content.get(CARD)
+    try:
+        card = json.loads(headers[CARD]) if CARD in headers else content.get(CARD)
+    except ValueError:
+        card = "no JSON"
     if card is None:
         return None
     if not isinstance(card, Mapping) or not isinstance(card.get("config"), Mapping) or not isinstance(card.get("stride_px"), int):
@@ -191,7 +194,10 @@ def _load_exported(
     resize: PositionResizing,
 ) -> FittedState:
     """A file of our own export: its normalisation, heads, grid and stride are told in it."""
-    own, own_stride = card.config, card.stride_px
+    told = card.config
+    # Width and depth are those of the tensors, whatever the card says.
+    own = _config_of(mapped, source, told.image_size, told.num_heads, told.mean, told.std)
+    own_stride = _checked_stride(card.stride_px, own, source)
     config = dataclasses.replace(own, image_size=_checked_size(image_size or own.image_size, own.patch_px, source))
     stride_px = _checked_stride(own_stride if stride_px is None else stride_px, config, source)
     known = patch_grid(own.image_size, own.patch_px, own_stride)

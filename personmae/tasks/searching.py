@@ -15,6 +15,7 @@ from typing import Any
 from personmae.configs import UserError
 from personmae.data.atomic import write_whole
 from personmae.data.image_index import ImageIndex, build_index
+from personmae.data.storage import FileStorage
 from personmae.evaluation.gallery_index import GalleryIndex, new_gallery, open_gallery, stamp_of
 from personmae.extraction import FeatureExtractor
 from personmae.recipes.programs import GalleryConfig, SearchConfig, ServeConfig
@@ -66,8 +67,13 @@ def build_gallery(config: SearchConfig | ServeConfig, extractor: FeatureExtracto
         _check_same(index, folder, root, extractor, config)
     else:
         index = new_gallery(folder, extractor.identity, root, config.kind or "flat", extractor.feature_dim)
+    if not isinstance(source.storage, FileStorage):
+        raise UserError(f"{config.gallery} is a pack; a gallery is a folder of files, by whose times it is seen what is new")
     samples = {source.name(sample): sample for sample in range(len(source))}
-    stamps = {name: stamp_of(root / name) for name in samples}
+    try:
+        stamps = {name: stamp_of(root / name) for name in samples}
+    except OSError as error:
+        raise UserError(f"{error.filename} has gone while the gallery was read ({error.strerror}); start it again") from error
     added, gone = index.changes(stamps)
     step = SEGMENT if index.kind == "flat" or index.lists is not None else max(1, len(added))
     for start in range(0, len(added), step):
