@@ -26,10 +26,10 @@ from personmae.data.images import UnreadableImage, read_image, resize
 from personmae.evaluation.feature_cache import module_identity
 from personmae.evaluation.features import Describe, Precision, choose_precision, describe_batch
 from personmae.evaluation.progress import Progress
-from personmae.interop.initial_weights import load_initial
+from personmae.interop.initial_weights import load_initial, load_state
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.identity_head import NeckedEncoder
-from personmae.models.reid import ReidEncoder
+from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.weights import REID_FILE, is_reid_file, load_reid
 from personmae.training.processes import choose_device
 
@@ -135,7 +135,7 @@ class FeatureExtractor:
 
 
 def _open(
-    checkpoint: Path, image_size: tuple[int, int] | None, feature: str, device: torch.device, dtype: torch.dtype
+    checkpoint: Path, image_size: tuple[int, int] | None, feature: Literal["class", "mean"], device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, str, Describe, tuple[int, int]]:
     """The model on its device, the name of the feature, its describer, and the size of its images."""
     tuned = checkpoint / REID_FILE if checkpoint.is_dir() else checkpoint
@@ -147,10 +147,19 @@ def _open(
         model, name, size = scored, "feature", scored.config.image_size
         describe: Describe = functools.partial(_of_no_camera, scored) if scored.num_cameras else scored.describe
     else:
-        encoder = load_initial(checkpoint, image_size=image_size).encoder
-        model, name, size, describe = encoder, feature, encoder.config.image_size, encoder.describe
         if feature not in ("class", "mean"):
             raise UserError(f"feature is {feature!r}; an encoder has class and mean")
+        state = load_state(checkpoint, image_size=image_size)
+        size = state.config.image_size
+        encoder = load_initial(checkpoint, image_size=size).encoder
+        if state.stride_px < state.config.patch_px:
+            # An export for overlapping patches, with positions of its own.
+            config = ReidConfig(image_size=size, stride_px=state.stride_px, feature=feature, drop_path=0.0)
+            model = ReidEncoder(encoder, config)
+            model.encoder.set_positions(state.tensors["pos_embed"], learned=state.learned_positions)
+            name, describe = "feature", model.describe
+        else:
+            model, name, describe = encoder, feature, encoder.describe
     model.to(device).eval()
     set_attention(model, choose_attention("auto", device, "bf16" if dtype == torch.bfloat16 else "fp32"))
     return model, name, describe, size

@@ -8,6 +8,8 @@ from PIL import Image
 import personmae
 from personmae.configs import UserError
 from personmae.data.images import resize
+from personmae.interop.exports import export_state, write_export
+from personmae.interop.initial_weights import load_state
 from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.vit import VisionTransformer, initialise
 from personmae.models.weights import load_encoder, save_encoder, save_reid
@@ -125,6 +127,17 @@ def test_a_fine_tuned_model_with_cameras_is_taken_before_its_encoder(run, crops,
     assert torch.allclose(extractor(crops / "0.png"), torch.nn.functional.normalize(expected), atol=1e-5)
     with pytest.raises(UserError, match="leave image_size out"):
         personmae.FeatureExtractor(tmp_path, image_size=(256, 128))
+
+
+@pytest.mark.parametrize("feature", ["class", "mean"])
+def test_an_export_with_overlapping_patches_keeps_its_stride(run, crops, tmp_path, feature):
+    write_export(tmp_path / "w.pth", export_state(load_state(run, image_size=(128, 64), stride_px=12), "transreid"))
+    extractor = personmae.FeatureExtractor(tmp_path / "w.pth", feature=feature)
+    model = ReidEncoder(load_encoder(run / "encoder.safetensors"), ReidConfig(image_size=(128, 64), stride_px=12, feature=feature, drop_path=0.0))
+    batch = torch.from_numpy(resize(pixels_of(crops / "0.png"), (128, 64)))[None]
+    with torch.no_grad():
+        expected = model.eval().describe(batch)["feature"]
+    assert torch.allclose(extractor(crops / "0.png"), torch.nn.functional.normalize(expected), atol=1e-5)
 
 
 def test_identities_tell_extractors_apart(run, tmp_path):
