@@ -158,13 +158,13 @@ def test_what_our_blocks_lack_is_refused(checkpoint):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_training_lowers_the_loss(dtype):
     torch.manual_seed(4)
-    model = transreid.deit_small_patch16_224_TransReID(camera=2, drop_path_rate=0.1)
-    head = nn.Linear(384, 2)
+    model = transreid.TransreidVit("vit-nano", img_size=(128, 64), camera=2, drop_path_rate=0.1)
+    head = nn.Linear(128, 2)
     optimiser = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=1e-3)
     losses = []
     for _ in range(5):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            features = model(pixels(), cam_label=torch.tensor([0, 1]))
+            features = model(pixels((128, 64)), cam_label=torch.tensor([0, 1]))
             loss = nn.functional.cross_entropy(head(features).float(), torch.tensor([0, 1]))
         assert features.dtype == torch.float32
         optimiser.zero_grad()

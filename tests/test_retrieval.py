@@ -152,7 +152,7 @@ def test_a_second_evaluation_reads_the_features_that_were_kept(drawn, tmp_path, 
     def describe(*arguments):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features, "_describe", describe)
+    monkeypatch.setattr(features, "describe_batch", describe)
     assert retrieval.main(settings, lambda text: None) == first
     with pytest.raises(AssertionError, match="computed again"):
         retrieval.main(config(checkpoint=settings.checkpoint, data=settings.data, cache=False), lambda text: None)
@@ -227,7 +227,7 @@ def test_encoders_sets_and_files_of_one_name_stay_apart(drawn, tmp_path):
 
 def test_a_path_that_is_wrong_is_told_before_anything_is_computed(drawn, monkeypatch):
     folder, one, _ = drawn
-    monkeypatch.setattr(features, "_describe", lambda *arguments: pytest.fail("computed"))
+    monkeypatch.setattr(features, "describe_batch", lambda *arguments: pytest.fail("computed"))
     with pytest.raises(UserError, match="nowhere"):
         retrieval.main(config(checkpoint=(folder / "encoder0.safetensors",), data=(str(one), "/nowhere")), lambda text: None)
 
