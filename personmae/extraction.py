@@ -26,9 +26,9 @@ from personmae.data.images import UnreadableImage, read_image, resize
 from personmae.evaluation.feature_cache import module_identity
 from personmae.evaluation.features import Describe, Precision, choose_precision, describe_batch
 from personmae.evaluation.progress import Progress
-from personmae.interop.initial_weights import load_initial, load_state
+from personmae.interop.initial_weights import encoder_of, load_initial, load_state
 from personmae.models.attention import choose_attention, set_attention
-from personmae.models.identity_head import NeckedEncoder
+from personmae.models.identity_head import describe_of_camera
 from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.weights import REID_FILE, is_reid_file, load_reid
 from personmae.training.processes import choose_device
@@ -145,28 +145,24 @@ def _open(
         if image_size not in (None, scored.config.image_size):
             raise UserError(f"{tuned} was fine-tuned on images of {scored.config.image_size} pixels; leave image_size out")
         model, name, size = scored, "feature", scored.config.image_size
-        describe: Describe = functools.partial(_of_no_camera, scored) if scored.num_cameras else scored.describe
+        describe: Describe = functools.partial(describe_of_camera, scored, UNKNOWN_CAMERA) if scored.num_cameras else scored.describe
     else:
         if feature not in ("class", "mean"):
             raise UserError(f"feature is {feature!r}; an encoder has class and mean")
         state = load_state(checkpoint, image_size=image_size)
         size = state.config.image_size
-        encoder = load_initial(checkpoint, image_size=size).encoder
         if state.stride_px < state.config.patch_px:
             # An export for overlapping patches, with positions of its own.
             config = ReidConfig(image_size=size, stride_px=state.stride_px, feature=feature, drop_path=0.0)
-            model = ReidEncoder(encoder, config)
+            model = ReidEncoder(load_initial(checkpoint, image_size=size).encoder, config)
             model.encoder.set_positions(state.tensors["pos_embed"], learned=state.learned_positions)
             name, describe = "feature", model.describe
         else:
+            encoder = encoder_of(state)
             model, name, describe = encoder, feature, encoder.describe
     model.to(device).eval()
     set_attention(model, choose_attention("auto", device, "bf16" if dtype == torch.bfloat16 else "fp32"))
     return model, name, describe, size
-
-
-def _of_no_camera(model: ReidEncoder | NeckedEncoder, images: Tensor) -> dict[str, Tensor]:
-    return model.describe(images, torch.full((len(images),), UNKNOWN_CAMERA, device=images.device))
 
 
 def _items(images: OneImage | Sequence[OneImage]) -> Sequence[OneImage]:

@@ -57,11 +57,12 @@ class KeyReport:
             for name, reason in names.items():
                 reasons.setdefault(reason, []).append(name)
             for reason, found in reasons.items():
-                lines.append(f"  {what}: {_some(found, 3)}: {reason}")
+                lines.append(f"  {what}: {some_of(found)}: {reason}")
         return "\n".join(lines)
 
 
-def _some(names: list[str], most: int) -> str:
+def some_of(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are, as a part of a sentence."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -110,11 +111,16 @@ def load_initial(
     state = load_state(
         source, part, image_size=image_size, stride_px="patch", grid=grid, resize=resize, num_heads=num_heads, normalisation=normalisation
     )
+    return InitialWeights(encoder_of(state), state.report, state.origin)
+
+
+def encoder_of(state: FittedState) -> VisionTransformer:
+    """The encoder with these tensors, in eval mode; of overlapping patches it has the positions only, see `ReidEncoder`."""
     encoder = VisionTransformer(state.config)
     encoder.set_positions(state.tensors["pos_embed"], learned=state.learned_positions)
     encoder.load_state_dict(state.tensors)
     encoder.requires_grad_(True)
-    return InitialWeights(encoder.eval(), state.report, state.origin)
+    return encoder.eval()
 
 
 def load_state(
@@ -318,7 +324,7 @@ def _fit(
     missing = [name for name in expected if name not in mapped.tensors]
     if missing or unexpected:
         both = (("missing", missing), ("of no known use", unexpected))
-        said = "; ".join(f"{what}: {_some(names, 5)}" for what, names in both if names)
+        said = "; ".join(f"{what}: {some_of(names, 5)}" for what, names in both if names)
         raise UserError(f"{source} does not fit our encoder ({mapped.family}); {said}")
     for name, shape in expected.items():
         tensor = mapped.tensors[name]

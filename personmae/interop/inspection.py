@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from personmae.configs import UserError
-from personmae.interop.initial_weights import NORMALISATIONS, FittedState, load_state, patch_grid
+from personmae.interop.initial_weights import NORMALISATIONS, FittedState, load_state, patch_grid, some_of
 from personmae.interop.networks import find_networks
 from personmae.interop.targets import TARGETS, Target, TargetName
 from personmae.interop.weight_files import Placeholder, read_weights
@@ -108,21 +108,21 @@ def _judge_tensors(
     expected = _expected(kept, tensors)
     if expected is None:
         return Verdict(name, False, [f"it finds no blocks.0.attn.qkv.weight under its names (a prefix in front of all names?): {cure}"])
-    reasons = [f"drops {_some(dropped)}"] if dropped else []
+    reasons = [f"drops {some_of(dropped)}"] if dropped else []
     loads = True
     unknown = [key for key in kept if key not in expected and not key.startswith(("fc.", "head.", "sie_embed"))]
     missing = [key for key in expected if key not in kept]
     if unknown:
         loads = not target.strict_keys
         what = "ends with an error at" if target.strict_keys else "drops"
-        reasons.append(f"{what} {_some(unknown)}, which its network lacks: {cure}")
+        reasons.append(f"{what} {some_of(unknown)}, which its network lacks: {cure}")
     if missing:
         loads = False
-        reasons.append(f"leaves at random, without a word: {_some(missing)}" if not target.strict_keys else f"lacks {_some(missing)}")
+        reasons.append(f"leaves at random, without a word: {some_of(missing)}" if not target.strict_keys else f"lacks {some_of(missing)}")
     wrong = [key for key, shape in expected.items() if key in kept and kept[key].shape != shape and key != "pos_embed"]
     if wrong:
         loads = False
-        reasons.append(f"of another shape than its network's: {_some(wrong)}")
+        reasons.append(f"of another shape than its network's: {some_of(wrong)}")
     problem, note = _positions(kept.get("pos_embed"), target, image_size, stride_px, cure)
     if problem:
         loads = False
@@ -198,7 +198,3 @@ def _expected(kept: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict
         return None
     with torch.device("meta"):
         return {key: tensor.shape for key, tensor in VisionTransformer(VitConfig(width=width, depth=depth, num_heads=1)).state_dict().items()}
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -53,7 +53,20 @@ class Target:
     use: tuple[str, ...] = ()  # how to load: {file}, {size}, {kind}
 
 
-TIMM_UNWRAPS = ("state_dict_ema", "model_ema", "state_dict", "model")
+TIMM = Target(
+    normalisation="imagenet",
+    positions="square",
+    strides=False,
+    unwraps=("state_dict_ema", "model_ema", "state_dict", "model"),
+    strict_keys=True,
+    weights_only=False,
+    reads_safetensors=True,
+    dropped_prefixes=("module.",),
+    use=(
+        "timm.create_model('{kind}_patch16_224', img_size=({height}, {width}), num_classes=0, checkpoint_path={file!r})",
+        "our layers inside: import personmae, and 'personmae_{kind}_patch16' instead",
+    ),
+)
 TARGETS: dict[TargetName, Target] = {
     "transreid": Target(
         normalisation="half",
@@ -135,31 +148,11 @@ TARGETS: dict[TargetName, Target] = {
             "MODEL.TRANSFORMER_TYPE personmae_{kind} MODEL.PRETRAIN_PATH {file}",
         ),
     ),
-    "layumi": Target(
-        normalisation="imagenet",
-        positions="square",
-        strides=False,
-        unwraps=TIMM_UNWRAPS,
-        strict_keys=True,
-        dropped_prefixes=("module.",),
-        weights_only=False,
-        reads_safetensors=True,
-        use=("timm.create_model('{kind}_patch16_224', img_size=({height}, {width}), num_classes=0, checkpoint_path={file!r}) as model.model",),
+    # Its classes hold timm's networks.
+    "layumi": dataclasses.replace(
+        TIMM, use=("timm.create_model('{kind}_patch16_224', img_size=({height}, {width}), num_classes=0, checkpoint_path={file!r}) as model.model",)
     ),
-    "timm": Target(
-        normalisation="imagenet",
-        positions="square",
-        strides=False,
-        unwraps=TIMM_UNWRAPS,
-        strict_keys=True,
-        weights_only=False,
-        reads_safetensors=True,
-        dropped_prefixes=("module.",),
-        use=(
-            "timm.create_model('{kind}_patch16_224', img_size=({height}, {width}), num_classes=0, checkpoint_path={file!r})",
-            "our layers inside: import personmae, and 'personmae_{kind}_patch16' instead",
-        ),
-    ),
+    "timm": TIMM,
     "safetensors": Target(
         normalisation="imagenet",
         suffix=".safetensors",

@@ -131,3 +131,8 @@ class NeckedEncoder(nn.Module):
         """As `ReidEncoder.describe`, each feature after its neck and at unit length."""
         necked = self.head(self.encoder(images, cameras)).necked
         return {"feature": torch.cat([F.normalize(feature, dim=1) for feature in necked], dim=1)}
+
+
+def describe_of_camera(model: ReidEncoder | NeckedEncoder, camera: int, images: Tensor) -> dict[str, Tensor]:
+    """The features of images that are all of one camera, by the number that the model knows it by; -1 for one that it does not know."""
+    return model.describe(images, torch.full((len(images),), camera, device=images.device))

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from personmae.data.labelled import TrainingSets
 from personmae.data.records import PersonImage
@@ -17,7 +15,7 @@ from personmae.data.reid.sets import ReidSet
 from personmae.evaluation.features import FeatureArray, extract_features
 from personmae.evaluation.inputs import labels_of_set
 from personmae.evaluation.protocol import Evaluation, ScoringConfig, evaluate, score_variants
-from personmae.models.identity_head import NeckedEncoder
+from personmae.models.identity_head import NeckedEncoder, describe_of_camera
 from personmae.models.reid import ReidEncoder
 from personmae.training.blocks import uncompiled
 
@@ -57,14 +55,10 @@ def _extract_by_camera(
     features: dict[str, FeatureArray] = {}
     for name in np.unique(names).tolist():
         rows = np.flatnonzero(names == name).tolist()
-        describe = functools.partial(_describe_of_camera, model, cameras.get(name, -1))
+        describe = functools.partial(describe_of_camera, model, cameras.get(name, -1))
         for key, found in extract_features(describe, [images[row] for row in rows], progress=False, **options).items():
             features.setdefault(key, np.empty((len(images), found.shape[1]), dtype=found.dtype))[rows] = found
     return features
-
-
-def _describe_of_camera(model: Scored, camera: int, images: Tensor) -> dict[str, Tensor]:
-    return model.describe(images, torch.full((len(images),), camera, device=images.device))
 
 
 def camera_notes(sets: TrainingSets) -> dict[str, str]:
