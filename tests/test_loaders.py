@@ -205,12 +205,12 @@ def members(group: int) -> list[int]:
     return sorted(found)
 
 
-def all_end(group: int) -> bool:
-    """Whether the processes of a group end soon."""
+def comes_to(group: int, count: int) -> bool:
+    """Whether that many processes of a group run soon: the first of them draws while the others are still being forked."""
     last_time = time.monotonic() + 20
-    while members(group) and time.monotonic() < last_time:
+    while len(members(group)) != count and time.monotonic() < last_time:
         time.sleep(0.05)
-    return not members(group)
+    return len(members(group)) == count
 
 
 @pytest.mark.parametrize("victim", ["process", "program"])
@@ -228,9 +228,9 @@ def test_a_process_that_dies_is_said(victim, people, monkeypatch):
     with open_loader(people, plan_of(people), config_of("processes"), **options) as loader:
         next(loader)
         group = programs[0].pid
+        assert comes_to(group, 3)
         program, *workers = members(group)
         assert program == group
-        assert len(workers) == 2
         # What a terminal sends to the group of the training process does not reach them; what a job scheduler sends to all, they leave to it.
         assert os.getpgid(workers[0]) != os.getpgid(0)
         for process in (program, *workers):
@@ -243,7 +243,7 @@ def test_a_process_that_dies_is_said(victim, people, monkeypatch):
             os.killpg(group, signal.SIGKILL)
         with pytest.raises(UserError, match=r"a process of the loader has ended, signal 9: .*--data.loader.num-threads"):
             list(loader)
-    assert all_end(group)
+    assert comes_to(group, 0)
 
 
 def test_processes_end_with_the_process_that_trains(people, tmp_path):
@@ -276,9 +276,9 @@ while True:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=worker_environment()) as trainer:
         group, ready = int(trainer.stdout.readline()), trainer.stdout.readline()
         assert ready == "ready\n"
-        assert len(members(group)) == 3
+        assert comes_to(group, 3)
         trainer.kill()
-    assert all_end(group)
+    assert comes_to(group, 0)
 
 
 @both_loaders
