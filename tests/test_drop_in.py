@@ -219,6 +219,36 @@ def test_checkpointed_activations_give_the_same_gradients():
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_compiled_blocks_are_the_same_network(precision, capsys):
+    """For batches of several sizes, in both modes, and with stochastic depth."""
+    torch.manual_seed(9)
+    plain = transreid.TransreidVit("vit-nano", img_size=(128, 64), camera=2, drop_path_rate=0.0)
+    compiled = transreid.TransreidVit("vit-nano", img_size=(128, 64), camera=2, drop_path_rate=0.0)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_blocks(backend="aot_eager")
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    tolerance = 1e-4 if precision == torch.float32 else 0.1
+    for count in (4, 3, 6):
+        cameras, found = torch.arange(count) % 2, []
+        for model in (plain, compiled):
+            model.zero_grad()
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32), torch.inference_mode():
+                evaluated = model.eval()(pixels((128, 64), count), cam_label=cameras)
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                trained = model.train()(pixels((128, 64), count), cam_label=cameras)
+            trained.square().mean().backward()
+            found.append((evaluated, trained.detach(), model.blocks[0].attn.qkv.weight.grad, model.pos_embed.grad))
+        for expected, actual in zip(*found, strict=True):
+            assert (actual - expected).norm() < tolerance * expected.norm()
+    assert capsys.readouterr().out.count("personmae: attention") <= 1
+    with_depth = transreid.TransreidVit("vit-nano", img_size=(128, 64), drop_path_rate=0.5)
+    with_depth.compile_blocks(backend="aot_eager")
+    images = pixels((128, 64))
+    assert not torch.equal(with_depth(images), with_depth(images))
+    assert torch.equal(with_depth.eval()(images), with_depth(images))
+
+
 def test_cluster_contrast(checkpoint):
     model = cluster_contrast.vit_small(img_size=(256, 128), drop_path_rate=0.3, pretrained_path=str(checkpoint), hw_ratio=2, conv_stem=False)
     assert model.num_features == 384

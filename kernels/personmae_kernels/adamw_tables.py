@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from personmae_kernels.launching import ceil_div
 
 BLOCK = 1024  # elements of one tensor, for one program
 _KEPT_PLANS = 8  # gradients come to lie in a few places in turn
@@ -77,7 +78,7 @@ def make_plan(
     for i, (*addresses, num_elements) in enumerate(rows):
         aligned = num_elements % 8 == 0 and not any(address % 16 for address in addresses)
         members.setdefault((half[i], aligned), []).append(i)
-    num_blocks = torch.tensor([triton.cdiv(row[-1], BLOCK) for row in rows])
+    num_blocks = torch.tensor([ceil_div(row[-1], BLOCK) for row in rows])
     tables = [torch.tensor(rows, dtype=torch.int64), torch.tensor(decays, dtype=torch.float32)]
     for indices in members.values():
         num = num_blocks[indices]
@@ -85,7 +86,7 @@ def make_plan(
         tables.append(torch.stack([torch.tensor(indices).repeat_interleave(num), torch.arange(len(first)) - first], dim=1).int())
 
     num_bytes = [table.numel() * table.element_size() for table in tables]
-    padded = [triton.cdiv(size, 16) * 16 for size in num_bytes]
+    padded = [ceil_div(size, 16) * 16 for size in num_bytes]
     host = _spare.pop(sum(padded), None) if captured else torch.empty(sum(padded), dtype=torch.uint8, pin_memory=device.type == "cuda")
     if host is None:
         raise RuntimeError("adamw_ema_: before each capture of a CUDA graph, take a step with as many tensors of the same sizes")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import HALVES_TOO, axis_sizes, check_dtype, check_no_gradient
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 from personmae_kernels.reference import AddedNorm
 
 
@@ -142,7 +143,7 @@ def add_layer_norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 def _tile(width: int) -> dict[str, int]:
     """Tokens and channels of a program: as many as stay in the registers of four warps."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return {"D": width, "ROWS": max(1, min(4, 4096 // block)), "BLOCK_D": block}
 
 
@@ -154,7 +155,7 @@ RESIDENT_WARPS = 16
 def _backward_tile(width: int) -> dict[str, int]:
     """As many warps as one token takes at 16 bytes a thread, so that a thread sees the same channels of each token and sums them by itself (on an
     H100 twice as fast as four warps at a width of 384, five times at 256)."""
-    return {**_tile(width), "num_warps": min(8, max(1, triton.next_power_of_2(width) // 256))}
+    return {**_tile(width), "num_warps": min(8, max(1, next_power_of_2(width) // 256))}
 
 
 @functools.cache
@@ -167,7 +168,7 @@ def _num_programs(device: torch.device, num_warps: int) -> int:
     return RESIDENT_WARPS // num_warps * _num_multiprocessors(device) if device.type == "cuda" else 4
 
 
-@torch.library.custom_op("personmae_triton::add_layer_norm", mutates_args=())
+@operator("personmae_triton::add_layer_norm")
 def _add_layer_norm(
     stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_scale: Tensor | None, row_scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,7 +179,7 @@ def _add_layer_norm(
     tile = _tile(D)
     launch(
         add_layer_norm_kernel,
-        (triton.cdiv(B * N, tile["ROWS"]),),
+        (ceil_div(B * N, tile["ROWS"]),),
         stream.contiguous(),
         branch.contiguous(),
         weight.contiguous(),
@@ -205,7 +206,7 @@ def _(
     return stream.new_empty(stream.shape), branch.new_empty(branch.shape), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("personmae_triton::add_layer_norm_backward", mutates_args=())
+@operator("personmae_triton::add_layer_norm_backward")
 def _add_layer_norm_backward(
     d_out: Tensor | None,
     d_normed: Tensor,
@@ -224,7 +225,7 @@ def _add_layer_norm_backward(
     apart = _has_own_branch_gradient(d_normed, out, branch_scale, row_scale)
     d_branch = torch.empty((B, N, D) if apart else (0,), dtype=d_normed.dtype, device=out.device)
     tile = _backward_tile(D)
-    num_programs = min(_num_programs(out.device, tile["num_warps"]), triton.cdiv(B * N, tile["ROWS"]))
+    num_programs = min(_num_programs(out.device, tile["num_warps"]), ceil_div(B * N, tile["ROWS"]))
     sums = torch.empty(num_programs, 2 if branch_scale is None else 3, D, dtype=torch.float32, device=out.device)
     launch(
         add_layer_norm_backward_kernel,

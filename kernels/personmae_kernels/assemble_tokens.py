@@ -22,7 +22,8 @@ from torch import Tensor
 from personmae_kernels import reference
 from personmae_kernels.checks import HALVES_TOO, INDICES, axis_sizes, check_dtype, check_no_gradient
 from personmae_kernels.gather_visible import _gather_visible, _place_visible, find_slots, numbers_at_once, tile, with_rows
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch
+from personmae_kernels.operators import operator
 
 # Programs that share the sum over the hidden cells: a few for each multiprocessor, and the same number on all devices, so that the sums are the same.
 NUM_SUMS = 512
@@ -100,14 +101,14 @@ def join_tokens_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("personmae_triton::hidden_sum", mutates_args=())
+@operator("personmae_triton::hidden_sum")
 def _hidden_sum(gradient: Tensor, visible: Tensor, num_head: int) -> Tensor:
     """gradient: [B, num_head + L, D]. Returns the sum over the cells of all images that are not in `visible`, float32 [D]."""
     B, N, D = gradient.shape
     L, V = N - num_head, visible.shape[1]
     gradient = with_rows(gradient)
     sizes = tile(D)
-    num_tiles = B * triton.cdiv(L, sizes["ROWS"])
+    num_tiles = B * ceil_div(L, sizes["ROWS"])
     partial = torch.empty(min(num_tiles, NUM_SUMS), D, dtype=torch.float32, device=gradient.device)
     launch(
         hidden_sum_kernel,
@@ -148,7 +149,7 @@ def _assemble_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _place_visible.register_autograd(_assemble_backward, setup_context=_setup_assemble)
 
 
-@torch.library.custom_op("personmae_triton::join_tokens", mutates_args=())
+@operator("personmae_triton::join_tokens")
 def _join_tokens(tokens: Tensor, visible: Tensor, positions: Tensor, queries: Tensor) -> Tensor:
     B, N, D = tokens.shape
     Q = queries.shape[1]
@@ -159,7 +160,7 @@ def _join_tokens(tokens: Tensor, visible: Tensor, positions: Tensor, queries: Te
     sizes = tile(D)
     launch(
         join_tokens_kernel,
-        (triton.cdiv(B * (N + Q), sizes["ROWS"]),),
+        (ceil_div(B * (N + Q), sizes["ROWS"]),),
         tokens,
         visible.contiguous(),
         positions.contiguous(),

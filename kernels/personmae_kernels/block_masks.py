@@ -40,6 +40,7 @@ from torch import Tensor
 
 from personmae_kernels import interpreter, launching
 from personmae_kernels.checks import axis_sizes, check_dtype
+from personmae_kernels.operators import operator
 from personmae_kernels.sample_random import GOLDEN, UInt64Array, draws, integers_below
 
 NUM_TRIES = 32
@@ -148,17 +149,17 @@ def block_masks_kernel(  # type: ignore[no-untyped-def]
     tl.store(masks_ptr + first * L + samples[:, None] * L + cells, hidden.to(tl.uint8), mask=in_batch[:, None] & (cells < L))
 
 
-@torch.library.custom_op("personmae_triton::block_masks", mutates_args=())
+@operator("personmae_triton::block_masks")
 def _block_masks(seeds: Tensor, num_rows: int, num_columns: int, num_visible: int) -> Tensor:
     """Returns bool [B, L]."""
     L = num_rows * num_columns
     masks = torch.empty(len(seeds), L, device=seeds.device, dtype=torch.bool)
-    block = triton.next_power_of_2(L)
+    block = launching.next_power_of_2(L)
     # A sample to a program: they end after different numbers of tries. In the interpreter operations cost more than their elements.
-    rows = max(1, min(triton.next_power_of_2(len(seeds)), (1 << 18) // block)) if interpreter.wanted() else 1
+    rows = max(1, min(launching.next_power_of_2(len(seeds)), (1 << 18) // block)) if interpreter.wanted() else 1
     launching.launch(
         block_masks_kernel,
-        (triton.cdiv(len(seeds), rows),),
+        (launching.ceil_div(len(seeds), rows),),
         seeds.contiguous(),
         *table_on((num_rows, num_columns), seeds.device),
         masks.view(torch.uint8),

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import FLOATS, axis_sizes, check_dtype, check_no_gradient
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 from personmae_kernels.reference import CellLosses, FeatureLossKind
 from personmae_kernels.unit_gradient import raise_if_scaled, with_gradient
 
@@ -106,11 +107,11 @@ def feature_loss_kernel(  # type: ignore[no-untyped-def]
 
 
 def _tile(width: int) -> tuple[int, int, int]:  # -> ROWS, BLOCK_D, num_warps
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return max(1, 2048 // block), block, min(16, max(4, block // 512))
 
 
-@torch.library.custom_op("personmae_triton::feature_loss", mutates_args=())
+@operator("personmae_triton::feature_loss")
 def _feature_loss(
     predicted: Tensor, target: Tensor, weights: Tensor, kind: str, normalise_predicted: bool, eps: float, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +124,7 @@ def _feature_loss(
     rows, block, warps = _tile(D)
     launch(
         feature_loss_kernel,
-        (triton.cdiv(B * L, rows),),
+        (ceil_div(B * L, rows),),
         predicted.contiguous(),
         target,
         weights.contiguous(),

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import HALVES_TOO, INDICES, axis_sizes, check_dtype, check_no_gradient
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 
 
 @triton.jit
@@ -112,13 +113,13 @@ def place_visible_kernel(  # type: ignore[no-untyped-def]
 
 def tile(width: int) -> dict[str, int]:
     """Rows a program takes, and the power of two that holds a row: 16-byte loads in 4 warps, a few for each thread."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return {"D": width, "ROWS": min(16, max(1, 4096 // block)), "BLOCK_D": block}
 
 
 def numbers_at_once(num_visible: int) -> int:
     """How many patch numbers a program compares its rows with at a time."""
-    return min(64, triton.next_power_of_2(max(1, num_visible)))
+    return min(64, next_power_of_2(max(1, num_visible)))
 
 
 def with_rows(tokens: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def with_rows(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
-@torch.library.custom_op("personmae_triton::gather_visible", mutates_args=())
+@operator("personmae_triton::gather_visible")
 def _gather_visible(tokens: Tensor, visible: Tensor, positions: Tensor | None, num_head: int) -> Tensor:
     B, N, D = tokens.shape
     V = visible.shape[1]
@@ -137,7 +138,7 @@ def _gather_visible(tokens: Tensor, visible: Tensor, positions: Tensor | None, n
     sizes = tile(D)
     launch(
         gather_visible_kernel,
-        (triton.cdiv(B * (num_head + V), sizes["ROWS"]),),
+        (ceil_div(B * (num_head + V), sizes["ROWS"]),),
         tokens,
         visible.contiguous(),
         None if positions is None else positions.contiguous(),
@@ -158,7 +159,7 @@ def _(tokens: Tensor, visible: Tensor, positions: Tensor | None, num_head: int) 
     return tokens.new_empty((tokens.shape[0], num_head + visible.shape[1], tokens.shape[2]))
 
 
-@torch.library.custom_op("personmae_triton::place_visible", mutates_args=())
+@operator("personmae_triton::place_visible")
 def _place_visible(tokens: Tensor, visible: Tensor, fill: Tensor | None, positions: Tensor | None, num_head: int, num_patches: int) -> Tensor:
     B, _, D = tokens.shape
     V = visible.shape[1]
@@ -169,7 +170,7 @@ def _place_visible(tokens: Tensor, visible: Tensor, fill: Tensor | None, positio
     sizes = tile(D)
     launch(
         place_visible_kernel,
-        (B * triton.cdiv(num_head + num_patches, sizes["ROWS"]),),
+        (B * ceil_div(num_head + num_patches, sizes["ROWS"]),),
         tokens,
         visible.contiguous(),
         None if fill is None else fill.contiguous(),

@@ -21,6 +21,7 @@ from torch import Tensor
 from personmae_kernels import compiled, interpreter
 
 Form = Literal["reference", "triton", "compiled"]
+FORMS: tuple[Form, ...] = get_args(Form)
 _forced: Form | None = None
 
 
@@ -42,7 +43,7 @@ _skip = False
 def use_operators(form: Form | None) -> None:
     """Forces a form for the rest of the process; None goes back to PERSONMAE_OPERATORS, or without it to the device's own."""
     global _forced
-    if form not in (*get_args(Form), None):
+    if form not in (*FORMS, None):
         raise ValueError(f"form: reference, triton, compiled or None is needed, got {form!r}")
     _forced = form
 
@@ -57,7 +58,7 @@ def form_for(tensor: Tensor, has_compiled: bool = False, has_triton: bool = True
     asked = _forced or os.environ.get("PERSONMAE_OPERATORS") or ""
     if asked == "triton" and not has_triton:
         asked = ""
-    if asked not in ("", *get_args(Form)):
+    if asked not in ("", *FORMS):
         raise ValueError(f"PERSONMAE_OPERATORS is {asked!r}; it may be reference, triton or compiled")
     if asked == "reference":
         return "reference"
@@ -94,6 +95,16 @@ def describe_operators(device: torch.device) -> str:
     return f"{names[form]} ({reason})"
 
 
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up. Triton's own `cdiv` takes the host ten times as long, and so does its `next_power_of_2`."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not less than a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
     """Launches kernel[grid] on the device of its first tensor argument; nothing for an empty grid.
 
@@ -107,7 +118,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int =
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     if device.type == "cuda":
-        with torch.cuda.device(device):
+        with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
     else:
         interpreter.mend()

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import FLOATS, axis_sizes, check_dtype, check_no_gradient
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 from personmae_kernels.patch_rows import pixel_addresses
 from personmae_kernels.reference import CellLosses
 from personmae_kernels.unit_gradient import raise_if_scaled, with_gradient
@@ -85,7 +86,7 @@ def patch_loss_kernel(  # type: ignore[no-untyped-def]
         tl.store(gradient_ptr + place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("personmae_triton::patch_loss", mutates_args=())
+@operator("personmae_triton::patch_loss")
 def _patch_loss(
     predicted: Tensor,
     images: Tensor,
@@ -103,11 +104,11 @@ def _patch_loss(
     scale, shift = reference.channel_scale_and_shift(tuple(mean), tuple(std), patch_px, images.device)
     per_cell = weights.new_empty(weights.shape)
     gradient = predicted.new_empty(predicted.shape if needs_gradient else 0)
-    block = triton.next_power_of_2(P)
+    block = next_power_of_2(P)
     rows = max(1, 4096 // block)
     launch(
         patch_loss_kernel,
-        (triton.cdiv(B * L, rows),),
+        (ceil_div(B * L, rows),),
         predicted.contiguous(),
         images.contiguous(),
         weights.contiguous(),

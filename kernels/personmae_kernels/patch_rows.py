@@ -17,7 +17,8 @@ from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import HALVES_TOO, INDICES, axis_sizes, check_dtype
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 
 
 @triton.jit
@@ -62,18 +63,18 @@ def patch_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + place, normalised.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_values[None, :])
 
 
-@torch.library.custom_op("personmae_triton::patch_rows", mutates_args=())
+@operator("personmae_triton::patch_rows")
 def _patch_rows(images: Tensor, visible: Tensor | None, patch_px: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     B, H, W, C = images.shape
     V = (H // patch_px) * (W // patch_px) if visible is None else visible.shape[1]
     P = C * patch_px**2
     scale, shift = reference.channel_scale_and_shift(tuple(mean), tuple(std), patch_px, images.device)
     out = torch.empty(B, V, P, device=images.device, dtype=dtype)
-    block = triton.next_power_of_2(P)
+    block = next_power_of_2(P)
     rows = max(1, 4096 // block)
     launch(
         patch_rows_kernel,
-        (triton.cdiv(B * V, rows),),
+        (ceil_div(B * V, rows),),
         images.contiguous(),
         None if visible is None else visible.contiguous(),
         scale,

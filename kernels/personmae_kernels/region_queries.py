@@ -27,7 +27,8 @@ from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import FLOATS, INDICES, axis_sizes, check_dtype
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 
 # Rows and columns of the grid together: all values of an image stand in one block.
 MAX_CELLS = 2046
@@ -163,16 +164,16 @@ def _frequencies(num: int, device: torch.device) -> Tensor:  # [num] float32, in
     return (2.0 / math.pi * 10000.0**-exponents).float().to(device)
 
 
-@torch.library.custom_op("personmae_triton::region_codes", mutates_args=())
+@operator("personmae_triton::region_codes")
 def _region_codes(boxes: Tensor, flips: Tensor, num_rows: int, num_columns: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """reference.region_codes in `dtype`: rows [B, Hg, D / 2], columns [B, Wg, D / 2], scale [B, D]."""
     B, num = len(boxes), width // 4
     rows, columns, scale = _empty_codes(boxes, flips, num_rows, num_columns, width, dtype)
-    block_v = triton.next_power_of_2(num_rows + num_columns + 2)
-    block_f = min(triton.next_power_of_2(num), max(1, 2048 // block_v))
+    block_v = next_power_of_2(num_rows + num_columns + 2)
+    block_f = min(next_power_of_2(num), max(1, 2048 // block_v))
     launch(
         region_codes_kernel,
-        (B, triton.cdiv(num, block_f)),
+        (B, ceil_div(num, block_f)),
         boxes.contiguous(),
         flips.contiguous(),
         _frequencies(num, boxes.device),
@@ -193,16 +194,16 @@ def _empty_codes(boxes: Tensor, flips: Tensor, num_rows: int, num_columns: int, 
     return rows, columns, boxes.new_empty(B, width, dtype=dtype)
 
 
-@torch.library.custom_op("personmae_triton::add_codes", mutates_args=())
+@operator("personmae_triton::add_codes")
 def _add_codes(rows: Tensor, columns: Tensor, scale: Tensor, mask_token: Tensor) -> Tensor:
     """rows [B, Hg, D], columns [B, Wg, D], scale [B, D], mask_token [D] -> their sums [B, Hg * Wg, D], in the dtype of rows, added in float32."""
     (B, R, D), C = rows.shape, columns.shape[1]
     out = rows.new_empty(B, R * C, D)
-    block_c = triton.next_power_of_2(C)
-    block_d = min(triton.next_power_of_2(D), 256, 4096 // block_c)
+    block_c = next_power_of_2(C)
+    block_d = min(next_power_of_2(D), 256, 4096 // block_c)
     launch(
         add_codes_kernel,
-        (B, triton.cdiv(D, block_d), triton.cdiv(R, 4)),
+        (B, ceil_div(D, block_d), ceil_div(R, 4)),
         *(tensor.contiguous() for tensor in (rows, columns, scale, mask_token)),
         out,
         R,
@@ -221,7 +222,7 @@ def _(rows: Tensor, columns: Tensor, scale: Tensor, mask_token: Tensor) -> Tenso
     return rows.new_empty(B, R * columns.shape[1], D)
 
 
-@torch.library.custom_op("personmae_triton::add_codes_backward", mutates_args=())
+@operator("personmae_triton::add_codes_backward")
 def _add_codes_backward(gradient: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """gradient [B, Hg * Wg, D] -> its sums over columns [B, Hg, D], over rows [B, Wg, D] and over both [B, D], added in float32. The first two
     are in its dtype, the last stays float32: it is summed once more, over the images."""
@@ -229,11 +230,11 @@ def _add_codes_backward(gradient: Tensor, num_rows: int) -> tuple[Tensor, Tensor
     # The queries' part of a longer sequence is read where it lies.
     gradient = gradient if gradient.stride()[1:] == (D, 1) else gradient.contiguous()
     rows, columns, scale = _empty_sums(gradient, num_rows)
-    block_c = triton.next_power_of_2(C)
-    block_d = min(triton.next_power_of_2(D), 128, 4096 // block_c)
+    block_c = next_power_of_2(C)
+    block_d = min(next_power_of_2(D), 128, 4096 // block_c)
     launch(
         add_codes_backward_kernel,
-        (B, triton.cdiv(D, block_d)),
+        (B, ceil_div(D, block_d)),
         gradient,
         *(rows, columns, scale),
         num_rows,

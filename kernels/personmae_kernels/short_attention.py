@@ -16,12 +16,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from personmae_kernels import reference
 from personmae_kernels.checks import HALVES_TOO, axis_sizes, check_dtype
-from personmae_kernels.launching import form_for, launch
+from personmae_kernels.launching import ceil_div, form_for, launch, next_power_of_2
+from personmae_kernels.operators import operator
 from personmae_kernels.short_attention_kernels import short_attention_backward_kernel, short_attention_forward_kernel
 
 MAX_TOKENS = 256
@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
 
 def _tile(length: int, limit: int, beyond: int) -> int:
     """The next power of two that holds the length, up to a limit; a smaller tile beyond it."""
-    return max(16, triton.next_power_of_2(length)) if length <= limit else beyond
+    return max(16, next_power_of_2(length)) if length <= limit else beyond
 
 
 def forward_tiles(N: int, M: int, dtype: torch.dtype) -> Tiles:
@@ -75,7 +75,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(B, N, H, d, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
     tiles = forward_tiles(N, M, q.dtype)
-    query_tiles = triton.cdiv(N, tiles.queries)
+    query_tiles = ceil_div(N, tiles.queries)
     launch(
         short_attention_forward_kernel,
         (B * H * query_tiles,),
@@ -96,7 +96,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK_N=tiles.queries,
         BLOCK_M=tiles.keys,
         QUERY_TILES=query_tiles,
-        KEY_TILES=triton.cdiv(M, tiles.keys),
+        KEY_TILES=ceil_div(M, tiles.keys),
         RAGGED_N=N % tiles.queries != 0,
         RAGGED_M=M % tiles.keys != 0,
     )
@@ -131,13 +131,13 @@ def _backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
         HEAD=d,
         BLOCK_N=tiles.queries,
         BLOCK_M=tiles.keys,
-        KEY_TILES=triton.cdiv(M, tiles.keys),
+        KEY_TILES=ceil_div(M, tiles.keys),
         RAGGED_N=N % tiles.queries != 0,
         RAGGED_M=M % tiles.keys != 0,
     )
 
 
-@torch.library.custom_op("personmae_triton::short_attention", mutates_args=())
+@operator("personmae_triton::short_attention")
 def _short_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """Returns out [B, N, H, d] and lse [B, H, N]."""
     q, k, v = _addressable(qkv).unbind(2)
@@ -150,7 +150,7 @@ def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(B, N, H, d), qkv.new_empty(B, H, N, dtype=torch.float32)
 
 
-@torch.library.custom_op("personmae_triton::short_attention_backward", mutates_args=())
+@operator("personmae_triton::short_attention_backward")
 def _short_attention_backward(gradient: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """Returns the gradient [B, N, 3, H, d] to qkv."""
     packed = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
@@ -177,7 +177,7 @@ def _backward_of_self(ctx, gradient, _):  # type: ignore[no-untyped-def]
 _short_attention.register_autograd(_backward_of_self, setup_context=_keep_for_backward)
 
 
-@torch.library.custom_op("personmae_triton::short_cross_attention", mutates_args=())
+@operator("personmae_triton::short_cross_attention")
 def _short_cross_attention(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     """Returns out [B, N, H, d] and lse [B, H, N]."""
     k, v = _addressable(kv).unbind(2)
@@ -190,7 +190,7 @@ def _(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(B, H, N, dtype=torch.float32)
 
 
-@torch.library.custom_op("personmae_triton::short_cross_attention_backward", mutates_args=())
+@operator("personmae_triton::short_cross_attention_backward")
 def _short_cross_attention_backward(gradient: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the gradients [B, N, H, d] to q and [B, M, 2, H, d] to kv."""
     dq = torch.empty(q.shape, device=q.device, dtype=q.dtype)

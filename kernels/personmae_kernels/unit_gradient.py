@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from personmae_kernels.launching import launch
+from personmae_kernels.launching import ceil_div, launch
 
 # Factors on their way to the host: (name of the operator, the copy's event, pinned copy).
 _pending: collections.deque[tuple[str, torch.cuda.Event, Tensor]] = collections.deque(maxlen=256)
@@ -46,7 +46,7 @@ def require_unit(gradient: Tensor, factor: Tensor, name: str) -> None:
             raise RuntimeError(message(name, float(factor)))
         return
     # Programs that find a one end at once: few of them, so that the launch is all it costs.
-    launch(poison_kernel, (min(1024, triton.cdiv(gradient.numel(), 1024)),), gradient, factor, gradient.numel(), BLOCK=1024)
+    launch(poison_kernel, (min(1024, ceil_div(gradient.numel(), 1024)),), gradient, factor, gradient.numel(), BLOCK=1024)
     if not torch.cuda.is_current_stream_capturing():
         copy = torch.empty((), dtype=factor.dtype, pin_memory=True)
         copy.copy_(factor.detach(), non_blocking=True)

@@ -24,11 +24,12 @@ from personmae.data.row_painter import RowPainter
 from personmae.data.shared_pixels import SharedPixels
 from personmae.data.thread_pool import ThreadPool
 
-# Short tasks spread a batch evenly; much shorter ones would cost more than they give.
-_IMAGES_PER_TASK = 8
-_IMAGES_PER_PROCESS_TASK = 16
-# Batches whose tasks may stand in the pool's queue together: the threads stay busy while the last tasks of a batch finish.
-_BATCHES_IN_POOL = 2
+# Rows of a batch that one task makes, about. Short tasks spread a batch evenly; much shorter ones would cost more than they give.
+_ROWS_PER_TASK = 8
+_ROWS_PER_PROCESS_TASK = 16
+# Tasks for each thread that stand in the pool's queue together, of two batches at least: the threads stay busy while the last tasks of a batch
+# finish, and there are enough tasks of small batches for many processes.
+_TASKS_AHEAD = 2
 
 
 class ThreadLoader(Loader):
@@ -78,7 +79,7 @@ class ThreadLoader(Loader):
             started: deque[_Started] = deque()
             for part in self._parts:
                 started.append(self._start(pool, part, processes))
-                if len(started) == _BATCHES_IN_POOL:
+                if len(started) >= 2 and sum(len(each.futures) for each in started) >= _TASKS_AHEAD * self._num_threads:
                     yield self._finish(started.popleft())
             while started:
                 yield self._finish(started.popleft())
@@ -97,17 +98,22 @@ class ThreadLoader(Loader):
             self._config,
             self._size,
             num_regions=self._plan.num_regions,
-            rows_at_once=_IMAGES_PER_PROCESS_TASK * self._plan.repeats,
+            rows_at_once=self._rows_per_task(),
             repeats=self._plan.repeats,
             num_processes=self._num_threads,
         )
+
+    def _rows_per_task(self) -> int:
+        """Those of an image stay together."""
+        rows = _ROWS_PER_PROCESS_TASK if self._in_processes else _ROWS_PER_TASK
+        return max(1, rows // self._plan.repeats) * self._plan.repeats
 
     def _start(self, pool: ThreadPool, part: PartPlan, processes: PaintingProcesses | None) -> _Started:
         shape = (self._plan.num_regions, len(part.plan), *self._size, 3)
         regions = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = regions.numpy()
         samples = part.plan.samples.copy()
-        per_task = (_IMAGES_PER_TASK if processes is None else _IMAGES_PER_PROCESS_TASK) * self._plan.repeats
+        per_task = self._rows_per_task()
         tasks = [range(first, min(first + per_task, len(samples))) for first in range(0, len(samples), per_task)]
         paint = self._painter.paint if processes is None else partial(self._paint, processes)
         futures = [pool.submit(paint, part.plan, rows, pixels, samples) for rows in tasks]

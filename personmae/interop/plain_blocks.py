@@ -20,12 +20,17 @@ class ChosenAttention(Attention):
         self.asked: AttentionKind = asked
         self.chosen_for: tuple[torch.device, torch.dtype] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
-        kind = x.device.type
-        place = x.device, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    def choose(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Take the best implementation for inputs there; dtype: of the inputs, autocast is looked at here."""
+        place = device, torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
         if place != self.chosen_for:
             set_attention(self, _announced_choice(self.asked, *place))
             self.chosen_for = place
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        # A compiled block is told by whoever compiled it.
+        if not torch.compiler.is_compiling():
+            self.choose(x.device, x.dtype)
         return super().forward(x)
 
 

@@ -167,12 +167,12 @@ def test_wrong_arguments_are_named(form, name, spoil, error, words):
 def test_opcheck(triton_form, scales):
     inputs, gradients = example(B=2, N=3, scales=scales)
     arguments = [inputs.get(name) for name in ("stream", "branch", "weight", "bias", "branch_scale", "row_scale")]
-    torch.library.opcheck(_add_layer_norm, (*arguments, 1e-6))
+    torch.library.opcheck(_add_layer_norm.registered, (*arguments, 1e-6))
     arguments = [None if tensor is None else tensor.detach() for tensor in arguments]
     out, _, mean, rstd = _add_layer_norm(*arguments, 1e-6)
     branch = arguments[1] if scales == "both" else None
     torch.library.opcheck(
-        _add_layer_norm_backward, (gradients["stream"], gradients["normed"], out, branch, arguments[2], *arguments[4:], mean, rstd)
+        _add_layer_norm_backward.registered, (gradients["stream"], gradients["normed"], out, branch, arguments[2], *arguments[4:], mean, rstd)
     )
 
 

@@ -198,10 +198,10 @@ def test_wrong_arguments_are_named(form, change, error, words):
 
 def test_opcheck(triton_form):
     inputs, joined = example(), join_example()
-    torch.library.opcheck(_place_visible, (*inputs.values(), 1, 7))
-    torch.library.opcheck(_place_visible, (inputs["tokens"], inputs["visible"], None, None, 1, 7))
-    torch.library.opcheck(_hidden_sum, (torch.randn(3, 8, 5, device=DEVICE), inputs["visible"], 1))
-    torch.library.opcheck(_join_tokens, tuple(joined.values()))
+    torch.library.opcheck(_place_visible.registered, (*inputs.values(), 1, 7))
+    torch.library.opcheck(_place_visible.registered, (inputs["tokens"], inputs["visible"], None, None, 1, 7))
+    torch.library.opcheck(_hidden_sum.registered, (torch.randn(3, 8, 5, device=DEVICE), inputs["visible"], 1))
+    torch.library.opcheck(_join_tokens.registered, tuple(joined.values()))
 
 
 @pytest.mark.parametrize(("function", "make"), [(assemble_tokens, example), (join_tokens, join_example)])

@@ -181,7 +181,7 @@ def test_per_cell_gets_no_gradient(form):
 def test_opcheck(triton_form):
     inputs = example()
     for needs_gradient in (True, False):
-        torch.library.opcheck(_patch_loss, (*(tensor.detach() for tensor in inputs.values()), 4, MEAN, STD, False, 1e-6, needs_gradient))
+        torch.library.opcheck(_patch_loss.registered, (*(tensor.detach() for tensor in inputs.values()), 4, MEAN, STD, False, 1e-6, needs_gradient))
     torch.library.opcheck(unit_gradient.require_unit, (inputs["predicted"].detach(), torch.ones((), device=DEVICE), "patch_loss"))
 
 

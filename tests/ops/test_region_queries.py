@@ -174,8 +174,8 @@ def test_add_codes_and_its_gradients(triton_form, B, grid, D, dtype):
     inputs = parts(B, grid, D, dtype)
     upstream = torch.randn(B, grid[0] * grid[1], D, generator=torch.Generator().manual_seed(2)).to(dtype).to(DEVICE)
 
-    def ours(**arguments):
-        return {"queries": _add_codes(**arguments)}
+    def ours(rows, columns, scale, mask_token):
+        return {"queries": _add_codes(rows, columns, scale, mask_token)}
 
     def by_cell(rows, columns, scale, mask_token):
         cells = [rows[:, r] + columns[:, c] + scale + mask_token for r in range(grid[0]) for c in range(grid[1])]
@@ -256,9 +256,9 @@ def test_wrong_arguments_are_named(form, change, error, words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(triton_form, dtype):
     inputs = example()
-    torch.library.opcheck(_region_codes, (inputs["boxes"], inputs["flips"], 5, 3, 24, dtype))
-    torch.library.opcheck(_add_codes, tuple(parts(dtype=dtype).values()))
-    torch.library.opcheck(_add_codes_backward, (torch.randn(3, 35, 31, device=DEVICE).to(dtype), 5))
+    torch.library.opcheck(_region_codes.registered, (inputs["boxes"], inputs["flips"], 5, 3, 24, dtype))
+    torch.library.opcheck(_add_codes.registered, tuple(parts(dtype=dtype).values()))
+    torch.library.opcheck(_add_codes_backward.registered, (torch.randn(3, 35, 31, device=DEVICE).to(dtype), 5))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

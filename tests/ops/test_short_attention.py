@@ -265,15 +265,15 @@ def test_without_gradients(form, dtype):
 
 def test_opcheck(triton_form):
     inputs = self_example(5, B=2, dtype=torch.bfloat16)
-    torch.library.opcheck(_short_attention, tuple(inputs.values()))
+    torch.library.opcheck(_short_attention.registered, tuple(inputs.values()))
     qkv = inputs["qkv"].detach()
     out, lse = _short_attention(qkv)
-    torch.library.opcheck(_short_attention_backward, (out, qkv, out, lse))
+    torch.library.opcheck(_short_attention_backward.registered, (out, qkv, out, lse))
     inputs = cross_example(5, 6, B=2)
-    torch.library.opcheck(_short_cross_attention, tuple(inputs.values()))
+    torch.library.opcheck(_short_cross_attention.registered, tuple(inputs.values()))
     q, kv = (tensor.detach() for tensor in inputs.values())
     out, lse = _short_cross_attention(q, kv)
-    torch.library.opcheck(_short_cross_attention_backward, (out, q, kv, out, lse))
+    torch.library.opcheck(_short_cross_attention_backward.registered, (out, q, kv, out, lse))
 
 
 def test_it_compiles_into_one_graph(triton_form):
