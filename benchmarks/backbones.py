@@ -4,7 +4,6 @@
     python benchmarks/backbones.py --checkout transreid=CHECKOUT          also beside the class of a checkout: transreid, transreid-ssl or fast-reid
 
 Ours is the module that TransReID gets: normalised float images in, class token out. Before anything is timed, the features of all are compared.
-On a GPU ours and timm's are timed with each block under torch.compile as well.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class Peer(NamedTuple):
 
     name: str
     model: nn.Module
-    compile: Callable[[], None] | None = None  # the blocks, by torch.compile
 
 
 def main() -> None:
@@ -52,7 +50,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--num", type=int, default=20 if on_gpu else 5, help="calls of each kind in a turn, timed together")
     parser.add_argument("--num-turns", type=int, default=5 if on_gpu else 3, help="the backbones take turns")
-    parser.add_argument("--compile", choices=["yes", "no"], default="yes" if on_gpu else "no", help="also with each block under torch.compile")
     parser.add_argument("--checkout", metavar="TARGET=FOLDER")
     parser.add_argument("--output", type=Path, default=RESULTS / "backbones.json")
     options = parser.parse_args()
@@ -70,28 +67,17 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each backbone, after their features were found equal."""
     device = torch.device(options.device)
     torch.manual_seed(0)
-
-    def build() -> TransreidVit:
-        return TransreidVit(options.encoder, img_size=options.size, stride_size=options.stride, drop_path_rate=0.0)
-
-    ours = build()
+    ours = TransreidVit(options.encoder, img_size=options.size, stride_size=options.stride, drop_path_rate=0.0)
     peers = [
         Peer("ours", ours),
         Peer("timm, attention spelled out", timm_backbone(ours, options.encoder, fused=False)),
         Peer("timm, PyTorch's attention", timm_backbone(ours, options.encoder, fused=True)),
         *([Peer(options.checkout.partition("=")[0], checkout_backbone(options, ours))] if options.checkout else []),
     ]
-    if options.compile == "yes":
-        again, theirs = build(), timm_backbone(ours, options.encoder, fused=True)
-        again.load_state_dict(ours.state_dict())
-        peers += [Peer("ours, compiled", again, again.compile_blocks), Peer("timm, PyTorch's, compiled", theirs, partial(compile_all, theirs))]
     images = torch.randn(options.batch_size, 3, *options.size, device=device)
     for peer in peers:
         peer.model.to(device)
     check_equal(peers, images, "fp32")
-    for peer in peers:
-        if peer.compile:
-            peer.compile()
     check_equal(peers, images, options.precision)
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.num_turns):
@@ -113,12 +99,6 @@ def check_equal(peers: list[Peer], images: Tensor, precision: str) -> None:
         difference = float((feature - features[0]).norm() / features[0].norm())
         if not difference < TOLERANCES[precision]:
             raise SystemExit(f"{peer.name} gives other features than ours in {precision}, by {difference:.1e} of them: there is nothing to compare")
-
-
-def compile_all(vit: nn.Module) -> None:
-    """Has torch.compile take each block of timm's network, as `compile_blocks` does with ours."""
-    for block in vit.blocks:  # type: ignore[union-attr]
-        block.compile(fullgraph=True)
 
 
 def repeat(call: Callable[[], object], num: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,11 +118,6 @@ class DropInVit(nn.Module):
         if added_to_class is not None:
             token = token + added_to_class[:, None]
         tokens = torch.cat([token, patches.to(token.dtype)], dim=1) + self.pos_embed
-        if not torch.compiler.is_compiling():
-            # Compiled blocks cannot choose by themselves.
-            for block in self.blocks:
-                attention: Any = block.attn
-                attention.choose(tokens.device, tokens.dtype)
         return tokens if added is None else tokens + added
 
     def embedding(self, cameras: Tensor | None, views: Tensor | None) -> Tensor | None:
@@ -153,11 +147,6 @@ class DropInVit(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Less memory for more time: activations are computed again in the backward pass (timm's name)."""
         self.blocks.checkpointing = enable
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Have torch.compile take the blocks, which on a GPU takes most of the host's work away; the first steps take longer. Names and values of
-        parameters stay. Copies made of blocks before, as for JPM, stay uncompiled. backend: of torch.compile."""
-        self.blocks.compile_each(backend=backend)
 
     def no_weight_decay(self) -> set[str]:
         """Names that optimisers of timm and TransReID leave without weight decay."""

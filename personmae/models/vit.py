@@ -23,7 +23,6 @@ from personmae_kernels.checks import wide
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MOST_COMPILATIONS = 128  # of blocks of one kind in a process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +111,13 @@ class Block(nn.Module):
                 x = Residual(stream, branch(norm(stream.index_select(0, kept))), kept=kept)
             return x
         first, second = (None, None) if drop_path is None else (drop_path[0], drop_path[1])
-        stream, normed = x.add_and_norm(self.norm1)
-        stream, normed = Residual(stream, self.attn(normed), first).add_and_norm(self.norm2)
+        stream, normed = self.add_and_norm(x, self.norm1)
+        stream, normed = self.add_and_norm(Residual(stream, self.attn(normed), first), self.norm2)
         return Residual(stream, self.mlp(normed), second)
+
+    def add_and_norm(self, x: Residual, norm: nn.LayerNorm) -> AddedNorm:
+        """What stands before each branch; see `Residual`."""
+        return x.add_and_norm(norm)
 
 
 class Blocks(nn.ModuleList):
@@ -122,16 +125,6 @@ class Blocks(nn.ModuleList):
 
     # Drop what a block computes inside, and compute it again in the backward pass: less memory for more time.
     checkpointing = False
-
-    def compile_each(self, dynamic: bool | None = None, backend: str = "inductor") -> None:
-        """Have torch.compile take each block as one graph; names and values of parameters stay as they are.
-
-        dynamic, backend: as torch.compile has them. Kinds of blocks share the code that is compiled, and so do the models that follow each other in
-        one process (a sweep, a notebook); torch.compile's limit of 8 compilations of one code, after which it ends with an error, is raised.
-        """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
-        for block in self:
-            block.compile(fullgraph=True, dynamic=dynamic, backend=backend)
 
     def run(
         self,

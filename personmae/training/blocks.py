@@ -13,6 +13,7 @@ from torch import nn
 
 from personmae.models.vit import Blocks
 
+MOST_COMPILATIONS = 128
 CompileKind = Literal["auto", "yes", "no"]
 
 
@@ -38,11 +39,15 @@ def set_blocks(module: nn.Module, *, compiled: bool, checkpointing: bool, backen
 
     compiled: by torch.compile, each block as one graph for the sizes that it meets. checkpointing: see `Blocks`. backend: of torch.compile.
     """
+    if compiled:
+        # Kinds of blocks share the code that is compiled, and so do the models that follow each other in one process (a sweep, a notebook); after 8
+        # compilations of it torch.compile would end with an error.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
     for part in module.modules():
         if isinstance(part, Blocks):
             part.checkpointing = checkpointing
-            if compiled:
-                part.compile_each(dynamic=False, backend=backend)
+            for block in part if compiled else ():
+                block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:

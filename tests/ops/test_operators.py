@@ -158,7 +158,7 @@ def test_exported_programs_hold_the_operator(inputs):
 def test_there_is_no_second_gradient_and_no_silence_about_it(inputs):
     """The gradient of a gradient is not had: an error, and no number."""
     a, b = inputs
-    with pytest.raises(RuntimeError, match="scaled_product_backward|does not require grad"):  # noqa: PT012
+    with pytest.raises(RuntimeError, match=r"scaled_product_backward|does not require grad"):  # noqa: PT012
         (first,) = torch.autograd.grad(scaled_product(a, b, 1.5)[0].square().sum(), a, create_graph=True)
         torch.autograd.grad(first.sum(), a)
 
