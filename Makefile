@@ -11,7 +11,7 @@
 #   STACK=torch211        torch 2.11 for CUDA 13 instead of 2.10 for CUDA 12.8, without DALI, xformers and faiss; in .venv-torch211
 #   PY=python3            run with an environment you have; nothing is installed
 #   ARGS="..."            handed on to the demo, or to pytest
-#   PARTS="tests step"    of make gpu only these; all: model step operators loading convergence tests backbones fidelity
+#   PARTS="tests step"    of make gpu only these; all: model step operators loading convergence tests backbones fidelity profile
 #   DRY_RUN=1             make gpu on the CPU, its tests skipped, its results under build/dry-run
 
 SHELL := /bin/bash
@@ -24,7 +24,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 STACK ?= default
 NEEDED_GB := 10
-ALL_PARTS := model step operators loading convergence tests backbones fidelity
+ALL_PARTS := model step operators loading convergence tests backbones fidelity profile
 PARTS ?= $(ALL_PARTS)
 
 ifeq ($(STACK),default)
@@ -120,16 +120,17 @@ gpu: $(READY)
 	for name in $(PARTS); do
 	  case " $(ALL_PARTS) " in *" $$name "*) ;; *) echo "there is no part $$name; there are: $(ALL_PARTS)" >&2; exit 2;; esac
 	done
-	part model 100 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
+	part model 200 $(PY) -m pytest -q tests/test_fused_model.py tests/test_gradients.py tests/test_optimisers.py tests/ops/test_launching.py
 	part step 400 $(PY) benchmarks/throughput.py --output $$results/throughput.json
 	part operators 400 $(PY) benchmarks/operators.py --output $$results/operators.json
 	part loading 200 $(PY) benchmarks/loading.py --num-turns 3 --num-cores $$(nproc) --output $$results/loading.json
 	part convergence 120 $(PY) -m pytest -q tests/test_fused_convergence.py
-	part tests 180 $(PY) -m pytest -q -m gpu $(ARGS)
+	part tests 400 $(PY) -m pytest -q -m gpu $(ARGS)
 	part backbones 100 $(PY) benchmarks/backbones.py --output $$results/backbones-gpu.json
 	# A dry run is on the CPU, where the size of a GPU would take hours.
 	fidelity=$(if $(DRY_RUN),"--num-unlabelled 200 --num-test-ids 10 --seeds 0 --steps 50","--device cuda --preset vit-small --size 256 128 --batch-size 64 --num-test-ids 40 --num-unlabelled 2000 --jobs 2")
 	part fidelity 480 $(PY) benchmarks/fidelity.py $$fidelity --output $$results/fidelity-gpu.json
+	part profile 90 $(PY) benchmarks/step_profile.py --output $$results/step-profile.json
 	exit $$failed
 
 clean:

@@ -124,7 +124,8 @@ def judge(way: str, losses: list[dict[str, Any]], scores: list[dict[str, Any]]) 
     """How a way differs from the plain one.
 
     largest_difference: of a window's mean loss of the same seed, as a fraction. largest_share_of_spread: the same difference over the range of the
-    plain way's seeds in that window (None with one seed). mAP: of each seed, and those of the plain way. holds: see the module.
+    plain way's seeds in that window (None with one seed). mAP: of each seed, and those of the plain way. holds: see the module; with one seed,
+    which has no spread, by the losses alone.
     """
     ours, plain = ({row["seed"]: row["window_losses"] for row in losses if row["way"] == name} for name in (way, "plain"))
     ranges = [max(window) - min(window) for window in zip(*plain.values(), strict=True)]
@@ -141,17 +142,18 @@ def judge(way: str, losses: list[dict[str, Any]], scores: list[dict[str, Any]]) 
         "largest_share_of_spread": share,
         "mAP": ours_map,
         "plain_mAP": plain_map,
-        "holds": difference <= MOST_DIFFERENCE and (share is None or share <= 1) and within,
+        "holds": difference <= MOST_DIFFERENCE and (share is None or (share <= 1 and within)),
     }
 
 
 def in_words(verdict: dict[str, Any]) -> str:
     """A verdict as a line."""
     share = verdict["largest_share_of_spread"]
+    spread = ", one seed: no spread to judge by" if share is None else f", {share:.0%} of the spread of seeds"
     ours, plain = (", ".join(f"{100 * value:.2f}" for value in verdict[key]) for key in ("mAP", "plain_mAP"))
     return (
         f"{verdict['judged']}: {'holds' if verdict['holds'] else 'DIFFERS'}; loss of a window at most {verdict['largest_difference']:.3%} from plain"
-        f"{'' if share is None else f', {share:.0%} of the spread of seeds'}; zero-shot mAP {ours} %, plain {plain} %"
+        f"{spread}; zero-shot mAP {ours} %, plain {plain} %"
     )
 
 

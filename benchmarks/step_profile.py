@@ -89,7 +89,7 @@ def profiled(step: Callable[[], None], num_steps: int, device: torch.device) -> 
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(num_steps):
             step()
         if device.type == "cuda":

@@ -166,6 +166,9 @@ def test_verdicts():
     assert verdict["holds"]
     worse = [{**row, "mAP": row["mAP"] - 0.2} if row["way"] == "far" else row for row in scores]
     assert not fidelity.judge("far", losses, worse)["holds"]
+    alone = fidelity.judge("far", *([row for row in rows if row["seed"] == 0] for rows in (losses, worse)))
+    assert alone["holds"]
+    assert "one seed" in fidelity.in_words(alone)
 
 
 def test_both_starts_of_a_task(mannequins, weights, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -5,7 +5,8 @@ import torch
 
 from personmae.configs import UserError
 from personmae.models import attention
-from personmae.models.attention import Attention, AttentionChoice, CrossAttention, choose_attention, packed_attention, set_attention
+from personmae.models.attention import Attention, AttentionChoice, CrossAttention, choose_attention, set_attention
+from personmae.models.packed_attention import packed_attention
 
 CUDA = torch.device("cuda")
 

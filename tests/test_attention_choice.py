@@ -21,13 +21,12 @@ from personmae.models.attention import (
     AttentionChoice,
     CrossAttention,
     Measured,
-    block_diagonal_mask,
     choose_attention,
-    packed_attention,
     set_attention,
 )
 from personmae.models.masked import RegionInputs, longest_sequence
 from personmae.models.masking import visible_count
+from personmae.models.packed_attention import block_diagonal_mask, packed_attention
 from personmae.pretrain import build_models
 from personmae.recipes.pretraining import pretrain_presets
 from personmae.training.precision import autocast

@@ -31,7 +31,7 @@ MAY_IMPORT_A_SIBLING = {("evaluation", "data")}
 ANYWHERE = {"torch", "numpy"}
 HOMES = {
     "nvidia": ["personmae/data/loader_dali.py"],
-    "xformers": ["personmae/models/attention.py"],
+    "xformers": ["personmae/models/attention.py", "personmae/models/packed_attention.py"],
     "faiss": ["personmae/evaluation/neighbours.py", "personmae/evaluation/gallery_index.py"],
     "sklearn": ["personmae/evaluation/clustering.py"],
     "scipy": ["personmae/data/reid/matlab.py", "personmae/evaluation/"],

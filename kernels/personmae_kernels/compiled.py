@@ -20,11 +20,14 @@ CUDA_CURE = "put nvcc (CUDA 12.1 or newer) on the path or into PERSONMAE_NVCC, t
 _loading = threading.Lock()
 
 
-# A constant to torch.compile: tracing through the import of a binary would end the graph.
-@torch.compiler.assume_constant_result
 def available(cuda: bool = False) -> bool:
     """Whether the compiled operators are there, with `cuda` those for tensors on CUDA; loads them on the first call."""
     return not why_missing(cuda)
+
+
+# A constant to torch.compile, for tracing through the import of a binary would end the graph. This is all that torch.compiler.assume_constant_result
+# does, but calling that imports torch._dynamo, a second or more in every program.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

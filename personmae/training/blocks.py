@@ -6,6 +6,7 @@ Each block is compiled by itself: all blocks of a kind share one compilation, an
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,4 +54,7 @@ def set_blocks(module: nn.Module, *, compiled: bool, checkpointing: bool, backen
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
     """Inside, compiled blocks run as they are written: for evaluation, whose last batches have other sizes each time. Compiling for each would take
     longer than it gives, and after a few sizes torch.compile ends with an error."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing is compiled, and set_stance would import it all, which takes a second or two.
+        return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from personmae.configs import UserError
 from personmae.training.ema import MovingAverage
+from personmae.training.parallel import is_part
 from personmae_kernels.adamw_ema import adamw_ema_, adamw_hyper
 
 
@@ -217,4 +217,4 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:  # -> []
     """Scale all gradients so that their common norm is at most `max_norm`; no synchronisation with the host."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_part(norm) else norm

@@ -9,17 +9,21 @@ Both compute the same, and a checkpoint is the same whole state: a run may go on
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from personmae.configs import UserError
 from personmae.models.vit import Blocks, VisionTransformer
+
+# Importing these takes a second, and most runs divide nothing.
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 ParallelKind = Literal["ddp", "fsdp"]
 
@@ -33,8 +37,22 @@ def choose_parallel(kind: ParallelKind, world_size: int, optimiser: str) -> str:
     return "ddp (each process has the whole state)" if kind == "ddp" else f"fsdp (each process has 1/{world_size} of the state)"
 
 
+def is_divided(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether `shard` has divided this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_part(value: Any) -> TypeGuard[DTensor]:
+    """Whether it is the part of a divided tensor that this process holds."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(value, tensor.DTensor)
+
+
 def shard(*modules: nn.Module) -> None:
     """Divides the parameters of modules among the processes, block by block. Before anything takes hold of the parameters."""
+    from torch.distributed.fsdp import fully_shard
+
     for module in modules:
         for part in module.modules():
             if isinstance(part, Blocks):
@@ -46,15 +64,14 @@ def shard(*modules: nn.Module) -> None:
 
 def exchange_gradients(model: nn.Module) -> nn.Module:
     """The model as the step calls it: itself where it is divided, else in what exchanges its gradients."""
-    if isinstance(model, FSDPModule):
-        return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    divided: bool = is_divided(model)
+    return model if divided else DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager
 def synchronised(model: nn.Module, last: bool) -> Iterator[None]:
     """Gradients are exchanged between processes in the last micro-batch of a step alone."""
-    if isinstance(model, FSDPModule):
+    if is_divided(model):
         model.set_requires_gradient_sync(last)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
         yield
@@ -65,7 +82,7 @@ def whole_state(state: Any, keep: bool) -> Any:
 
     One tensor after the other, so that no device ever holds more than one of them.
     """
-    if isinstance(state, DTensor):
+    if is_part(state):
         whole = state.full_tensor()
         return whole.cpu() if keep else None
     if isinstance(state, Mapping):
@@ -80,8 +97,10 @@ def divided_moments(saved: Mapping[str, Any], optimiser: torch.optim.Optimizer) 
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
     def divided(value: Any, parameter: Tensor) -> Any:
-        if not (isinstance(value, Tensor) and value.ndim and isinstance(parameter, DTensor)):
+        if not (isinstance(value, Tensor) and value.ndim and is_part(parameter)):
             return value
+        from torch.distributed.tensor import distribute_tensor
+
         # Every process has read the same file: nothing is sent.
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
@@ -98,7 +117,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     Nothing is done where it is not divided.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = [part for part in module.modules() if is_divided(part)]
     for part in parts:
         part.unshard()
     yield
@@ -109,7 +128,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 def whole_encoder(encoder: VisionTransformer) -> VisionTransformer:
     """The encoder with whole weights, itself or a copy on the host; every process has to call it."""
     state = encoder.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+    if not any(is_part(tensor) for tensor in state.values()):
         return encoder
     whole = VisionTransformer(encoder.config)
     whole.load_state_dict(whole_state(state, keep=True))
