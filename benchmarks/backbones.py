@@ -3,15 +3,17 @@
     python benchmarks/backbones.py                                        beside timm's ViT, with attention spelled out and with PyTorch's
     python benchmarks/backbones.py --checkout transreid=CHECKOUT          also beside the class of a checkout: transreid, transreid-ssl or fast-reid
 
-Ours is the module that TransReID gets: normalised float images in, class token out. Before anything is timed, the features of all are compared.
+Ours is the module that TransReID gets: normalised float images in, class token out; on a GPU also held to Triton's kernels and to PyTorch's own,
+between which it chooses by size (`personmae.interop.plain_blocks.FUSED_FROM`). Before anything is timed, the features of all are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, spread, time_calls, write_result
+from personmae.interop import plain_blocks
 from personmae.interop.checkout_child import BUILDERS, use_checkout
 from personmae.interop.checkouts import checkout_root
 from personmae.interop.exports import CONTAINER
@@ -37,6 +40,7 @@ class Peer(NamedTuple):
 
     name: str
     model: nn.Module
+    fused_from: int | None = None  # ours: elements from which on Triton's kernels run; None for their own choice
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def main() -> None:
     parser.add_argument("--encoder", choices=["vit-small", "vit-base"], default="vit-base" if on_gpu else "vit-small")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 128), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--stride", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=64 if on_gpu else 8)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 256] if on_gpu else [8])
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16" if on_gpu else "fp32", help="by autocast")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--num", type=int, default=20 if on_gpu else 5, help="calls of each kind in a turn, timed together")
@@ -54,9 +58,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "backbones.json")
     options = parser.parse_args()
     rows = compare(options)
-    print(f"{'backbone':28} {'inference, images/s':34} {'training, images/s':34}")
+    print(f"{'backbone':28} {'batch':>6} {'inference, images/s':34} {'training, images/s':34}")
     for row in rows:
-        print(f"{row['backbone']:28} {row['inference']!s:34} {row['training']!s:34}")
+        print(f"{row['backbone']:28} {row['batch_size']:6d} {row['inference']!s:34} {row['training']!s:34}")
     # The checkout's place is the machine's business.
     settings = {**vars(options), "checkout": options.checkout and options.checkout.partition("=")[0]}
     write_result(options.output, "backbones", settings, rows)
@@ -64,19 +68,25 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each backbone, after their features were found equal."""
+    """A row for each backbone and batch size, after their features were found equal."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     ours = TransreidVit(options.encoder, img_size=options.size, stride_size=options.stride, drop_path_rate=0.0)
     peers = [
         Peer("ours", ours),
+        # On a CPU the two are the same operators.
+        *([Peer("ours, by Triton", ours, 0), Peer("ours, by PyTorch", ours, 1 << 62)] if device.type == "cuda" else []),
         Peer("timm, attention spelled out", timm_backbone(ours, options.encoder, fused=False)),
         Peer("timm, PyTorch's attention", timm_backbone(ours, options.encoder, fused=True)),
         *([Peer(options.checkout.partition("=")[0], checkout_backbone(options, ours))] if options.checkout else []),
     ]
-    images = torch.randn(options.batch_size, 3, *options.size, device=device)
     for peer in peers:
         peer.model.to(device)
+    return [row for batch_size in options.batch_size for row in time_all(peers, torch.randn(batch_size, 3, *options.size, device=device), options)]
+
+
+def time_all(peers: list[Peer], images: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each backbone with these images."""
     check_equal(peers, images, "fp32")
     check_equal(peers, images, options.precision)
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -84,12 +94,24 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         for peer in peers:
             for kind, call in (("inference", inference(peer, images, options.precision)), ("training", training(peer, images, options.precision))):
                 # Together: as in use, the host may run ahead of the GPU.
-                timed = time_calls(partial(repeat, call, options.num), num=1, num_warm_up=1, device=device)
+                timed = time_calls(partial(repeat, call, options.num), num=1, num_warm_up=1, device=images.device)
                 seconds.setdefault((peer.name, kind), []).append(timed.median / options.num)
     return [
-        {"backbone": peer.name} | {kind: spread([len(images) / value for value in seconds[peer.name, kind]]) for kind in ("inference", "training")}
+        {"backbone": peer.name, "batch_size": len(images)}
+        | {kind: spread([len(images) / value for value in seconds[peer.name, kind]]) for kind in ("inference", "training")}
         for peer in peers
     ]
+
+
+@contextlib.contextmanager
+def fusing(peer: Peer) -> Iterator[None]:
+    """Inside, our blocks choose their kernels as the peer has it."""
+    before = plain_blocks.FUSED_FROM
+    plain_blocks.FUSED_FROM = before if peer.fused_from is None else peer.fused_from
+    try:
+        yield
+    finally:
+        plain_blocks.FUSED_FROM = before
 
 
 def check_equal(peers: list[Peer], images: Tensor, precision: str) -> None:
@@ -110,7 +132,7 @@ def repeat(call: Callable[[], object], num: int) -> None:
 def inference(peer: Peer, images: Tensor, precision: str) -> Callable[[], Tensor]:
     def call() -> Tensor:
         peer.model.eval()
-        with torch.inference_mode(), _autocast(images, precision):
+        with torch.inference_mode(), _autocast(images, precision), fusing(peer):
             return peer.model(images)
 
     return call
@@ -120,7 +142,7 @@ def training(peer: Peer, images: Tensor, precision: str) -> Callable[[], object]
     def call() -> None:
         peer.model.train()
         peer.model.zero_grad(set_to_none=True)
-        with _autocast(images, precision):
+        with _autocast(images, precision), fusing(peer):
             loss = peer.model(images).square().mean()
         loss.backward()
 
