@@ -1,6 +1,7 @@
 """Packs behind an address: the samples of the same pack on a disk, whatever the store does, in a folder of bounded size."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -132,7 +133,10 @@ def test_processes_share_the_folder_and_it_stays_within_its_bound(stream, packed
 
     def watch():
         while not stop.is_set():
-            most[0] = max(most[0], used_bytes(tmp_path / "shards"))
+            # Not while a shard makes way for the next: one would be counted before and the other after.
+            with index.storage.cache._lock_file("lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                most[0] = max(most[0], used_bytes(tmp_path / "shards"))
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)

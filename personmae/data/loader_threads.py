@@ -27,9 +27,9 @@ from personmae.data.thread_pool import ThreadPool
 # Rows of a batch that one task makes, about. Short tasks spread a batch evenly; much shorter ones would cost more than they give.
 _ROWS_PER_TASK = 8
 _ROWS_PER_PROCESS_TASK = 16
-# Tasks for each thread that stand in the pool's queue together, of two batches at least: the threads stay busy while the last tasks of a batch
-# finish, and there are enough tasks of small batches for many processes.
-_TASKS_AHEAD = 2
+_FEWEST_ROWS = 4
+# Batches whose tasks may stand in the pool's queue together: the threads stay busy while the last tasks of a batch finish.
+_BATCHES_IN_POOL = 2
 
 
 class ThreadLoader(Loader):
@@ -79,7 +79,7 @@ class ThreadLoader(Loader):
             started: deque[_Started] = deque()
             for part in self._parts:
                 started.append(self._start(pool, part, processes))
-                if len(started) >= 2 and sum(len(each.futures) for each in started) >= _TASKS_AHEAD * self._num_threads:
+                if len(started) == _BATCHES_IN_POOL:
                     yield self._finish(started.popleft())
             while started:
                 yield self._finish(started.popleft())
@@ -103,9 +103,12 @@ class ThreadLoader(Loader):
             num_processes=self._num_threads,
         )
 
-    def _rows_per_task(self) -> int:
-        """Those of an image stay together."""
+    def _rows_per_task(self, num_rows: int | None = None) -> int:
+        """Of a batch of so many rows; without it the most of any batch. Those of an image stay together."""
         rows = _ROWS_PER_PROCESS_TASK if self._in_processes else _ROWS_PER_TASK
+        if num_rows is not None:
+            # The batches in the pool give every thread a task.
+            rows = min(rows, max(_FEWEST_ROWS, _BATCHES_IN_POOL * num_rows // self._num_threads))
         return max(1, rows // self._plan.repeats) * self._plan.repeats
 
     def _start(self, pool: ThreadPool, part: PartPlan, processes: PaintingProcesses | None) -> _Started:
@@ -113,7 +116,7 @@ class ThreadLoader(Loader):
         regions = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = regions.numpy()
         samples = part.plan.samples.copy()
-        per_task = self._rows_per_task()
+        per_task = self._rows_per_task(len(samples))
         tasks = [range(first, min(first + per_task, len(samples))) for first in range(0, len(samples), per_task)]
         paint = self._painter.paint if processes is None else partial(self._paint, processes)
         futures = [pool.submit(paint, part.plan, rows, pixels, samples) for rows in tasks]
