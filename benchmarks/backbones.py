@@ -4,7 +4,7 @@
     python benchmarks/backbones.py --checkout transreid=CHECKOUT          also beside the class of a checkout: transreid, transreid-ssl or fast-reid
 
 Ours is the module that TransReID gets: normalised float images in, class token out; on a GPU also held to Triton's kernels and to PyTorch's own,
-between which it chooses by size (`personmae.interop.plain_blocks.FUSED_FROM`). Before anything is timed, the features of all are compared.
+between which it chooses by size (`personmae.models.fusing.FUSED_FROM`). Before anything is timed, the features of all are compared.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import RESULTS, spread, time_calls, write_result
-from personmae.interop import plain_blocks
 from personmae.interop.checkout_child import BUILDERS, use_checkout
 from personmae.interop.checkouts import checkout_root
 from personmae.interop.exports import CONTAINER
 from personmae.interop.transreid import TransreidVit
+from personmae.models import fusing
 from personmae.models.zoo import ENCODERS
 
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 5e-3}  # of the features' norm; theirs and ours sum in another order
@@ -104,14 +104,14 @@ def time_all(peers: list[Peer], images: Tensor, options: argparse.Namespace) -> 
 
 
 @contextlib.contextmanager
-def fusing(peer: Peer) -> Iterator[None]:
+def held_to(peer: Peer) -> Iterator[None]:
     """Inside, our blocks choose their kernels as the peer has it."""
-    before = plain_blocks.FUSED_FROM
-    plain_blocks.FUSED_FROM = before if peer.fused_from is None else peer.fused_from
+    before = fusing.FUSED_FROM
+    fusing.FUSED_FROM = before if peer.fused_from is None else peer.fused_from
     try:
         yield
     finally:
-        plain_blocks.FUSED_FROM = before
+        fusing.FUSED_FROM = before
 
 
 def check_equal(peers: list[Peer], images: Tensor, precision: str) -> None:
@@ -132,7 +132,7 @@ def repeat(call: Callable[[], object], num: int) -> None:
 def inference(peer: Peer, images: Tensor, precision: str) -> Callable[[], Tensor]:
     def call() -> Tensor:
         peer.model.eval()
-        with torch.inference_mode(), _autocast(images, precision), fusing(peer):
+        with torch.inference_mode(), _autocast(images, precision), held_to(peer):
             return peer.model(images)
 
     return call
@@ -142,7 +142,7 @@ def training(peer: Peer, images: Tensor, precision: str) -> Callable[[], object]
     def call() -> None:
         peer.model.train()
         peer.model.zero_grad(set_to_none=True)
-        with _autocast(images, precision), fusing(peer):
+        with _autocast(images, precision), held_to(peer):
             loss = peer.model(images).square().mean()
         loss.backward()
 

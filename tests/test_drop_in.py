@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from personmae.configs import UserError
-from personmae.interop import clip_reid, cluster_contrast, fast_reid, openunreid, plain_blocks, solider, transreid, transreid_ssl
+from personmae.interop import clip_reid, cluster_contrast, fast_reid, openunreid, solider, transreid, transreid_ssl
 from personmae.interop import torchreid as torchreid_module
 from personmae.interop.drop_in import DropInVit
 from personmae.interop.exports import export_state, write_export
 from personmae.interop.initial_weights import NORMALISATIONS, load_state
 from personmae.interop.plain_blocks import PlainBlock
-from personmae.models import vit
+from personmae.models import attention, fusing, vit
 from personmae.models.vit import Residual, VisionTransformer, initialise
 from personmae.models.weights import load_encoder, save_encoder
 from personmae.models.zoo import ENCODERS
@@ -180,7 +180,7 @@ def test_a_step_of_training_lowers_the_loss(dtype):
 @pytest.mark.parametrize("fused_from", [0, 1 << 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_gives_the_same_by_any_kernels(dtype, fused_from, monkeypatch):
-    monkeypatch.setattr(plain_blocks, "FUSED_FROM", fused_from)
+    monkeypatch.setattr(fusing, "FUSED_FROM", fused_from)
     torch.manual_seed(8)
     model = transreid.deit_small_patch16_224_TransReID(camera=2, drop_path_rate=0.0).eval()
     labels = torch.tensor([0, 1])
@@ -203,7 +203,8 @@ def test_small_inputs_are_computed_by_pytorchs_operators_and_are_the_same(monkey
     monkeypatch.setattr(vit, "add_layer_norm", lambda *inputs, **more: (called.append(1), add_layer_norm(*inputs, **more))[1])
     found = []
     for worth in (True, False):
-        monkeypatch.setattr(plain_blocks, "worth_fusing", lambda x, worth=worth: worth)
+        monkeypatch.setattr(vit, "worth_fusing", lambda x, worth=worth: worth)
+        monkeypatch.setattr(attention, "worth_fusing", lambda x, worth=worth: worth)
         called.clear()
         model.zero_grad()
         features = model(pixels((128, 64)))
@@ -213,12 +214,16 @@ def test_small_inputs_are_computed_by_pytorchs_operators_and_are_the_same(monkey
         assert len(called) == (2 * len(model.blocks) - 1 if worth else 0)
     for expected, actual in zip(*found, strict=True):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
-    attention = model.blocks[0].attn
-    attention.replaced = (200, "short")
-    assert attention.kind_for(33, 33) == "sdpa"
-    attention.asked = "short"
-    attention(torch.zeros(1, 33, model.embed_dim))
-    assert attention.kind_for(33, 33) == "short"
+    # The attention for few tokens likewise, but one that was asked for stays.
+    kinds = []
+    monkeypatch.setattr(attention, "short_attention", lambda qkv: (kinds.append("short"), qkv[:, :, 2])[1])
+    layer = model.blocks[0].attn
+    layer.replaced = (200, "short")
+    layer(torch.zeros(1, 33, model.embed_dim))
+    assert kinds == []
+    layer.kind = "short"
+    layer(torch.zeros(1, 33, model.embed_dim))
+    assert kinds == ["short"]
 
 
 def test_a_block_drops_its_branches_at_its_rate_and_is_the_same_either_way():

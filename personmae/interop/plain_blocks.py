@@ -6,33 +6,19 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from personmae.models.attention import Attention, AttentionChoice, AttentionKind, choose_attention, set_attention
-from personmae.models.vit import Block, Residual
-from personmae_kernels import AddedNorm
-
-# Elements of a stream [B, N, D] from which on blocks in other people's loops, which are not captured in a CUDA graph, take Triton's kernels. With
-# fewer the host is what all waits for, and PyTorch's own operators are launched faster: with 64 images of ViT-B (6.3 million) on an H200 training ran
-# at 0.7 times the speed of timm's network by Triton's (benchmarks/results/backbones-h200.json, of commit 807b365). The limit itself is reckoned, from
-# when a block's products take longer than its launches; it is not measured.
-FUSED_FROM = 1 << 24
-
-
-def worth_fusing(x: Tensor) -> bool:
-    """Whether the kernels of Triton and xformers serve a tensor better than PyTorch's own operators."""
-    return not x.is_cuda or x.numel() >= FUSED_FROM
+from personmae.models.vit import Block, Residual, set_fusing
 
 
 class ChosenAttention(Attention):
-    """Self-attention in the implementation that is best where its input lies; chosen at the first call, and again on another device or dtype. Small
-    inputs get PyTorch's, unless another one was asked for."""
+    """Self-attention in the implementation that is best where its input lies; chosen at the first call, and again on another device or dtype."""
 
     def __init__(self, width: int, num_heads: int, asked: AttentionKind = "auto") -> None:
         super().__init__(width, num_heads)
         self.asked: AttentionKind = asked
         self.chosen_for: tuple[torch.device, torch.dtype] | None = None
-        self.by_pytorch = False
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         kind = x.device.type
@@ -40,12 +26,7 @@ class ChosenAttention(Attention):
         if place != self.chosen_for:
             set_attention(self, _announced_choice(self.asked, *place))
             self.chosen_for = place
-        self.by_pytorch = self.asked == "auto" and not worth_fusing(x)
         return super().forward(x)
-
-    def kind_for(self, queries: int, keys: int) -> str:
-        """The implementation for so many tokens."""
-        return "sdpa" if self.by_pytorch else super().kind_for(queries, keys)
 
 
 @functools.cache
@@ -64,6 +45,8 @@ class PlainBlock(Block):
         super().__init__(width, num_heads, mlp_ratio)
         self.attn = ChosenAttention(width, num_heads, attention)
         self.drop_rate = drop_rate
+        # Other people's loops are not captured in a CUDA graph.
+        set_fusing(self, small=False)
 
     def forward(self, x: Any, drop_path: Tensor | None = None) -> Any:
         """Tensor [B, N, D] -> Tensor [B, N, D], or Residual -> Residual. drop_path: see `Block`; None to draw it here."""
@@ -74,10 +57,3 @@ class PlainBlock(Block):
         if isinstance(x, Tensor):
             return super().forward(Residual(x), drop_path).add()
         return super().forward(x, drop_path)
-
-    def add_and_norm(self, x: Residual, norm: nn.LayerNorm) -> AddedNorm:
-        """See `Block`; by PyTorch's own operators where those are faster."""
-        if worth_fusing(x.stream):
-            return super().add_and_norm(x, norm)
-        stream = x.add()
-        return AddedNorm(stream, norm(stream))

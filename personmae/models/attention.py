@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personmae.configs import UserError
+from personmae.models.fusing import worth_fusing
 from personmae_kernels.short_attention import HEAD_SIZES, MAX_TOKENS, short_attention, short_cross_attention
 
 AttentionKind = Literal["auto", "xformers", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "short"]
@@ -196,6 +197,7 @@ class _Heads(nn.Module):
         self.num_heads, self.head_size = num_heads, width // num_heads
         self.kind: str = "sdpa"
         self.replaced: tuple[int, str] | None = None  # up to so many tokens, this kind instead
+        self.fuse_small = True  # small inputs too get what replaces it; see `personmae.models.fusing`
 
     def kind_for(self, queries: int, keys: int) -> str:
         """The implementation for so many tokens."""
@@ -213,7 +215,7 @@ class Attention(_Heads):
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_size)
-        kind = self.kind_for(N, N)
+        kind = self.kind_for(N, N) if self.fuse_small or worth_fusing(x) else self.kind
         if kind == "short":
             out = short_attention(qkv)
         else:

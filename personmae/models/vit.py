@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from personmae.configs import UserError
 from personmae.models.attention import Attention
+from personmae.models.fusing import worth_fusing
 from personmae.models.positions import sin_cos_positions
 from personmae_kernels import AddedNorm, add_layer_norm, patch_rows
 from personmae_kernels.checks import wide
@@ -95,6 +96,9 @@ class Residual(NamedTuple):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
+    # Triton's kernels compute small inputs too; see `set_fusing`.
+    fuse_small = True
+
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -117,7 +121,17 @@ class Block(nn.Module):
 
     def add_and_norm(self, x: Residual, norm: nn.LayerNorm) -> AddedNorm:
         """What stands before each branch; see `Residual`."""
-        return x.add_and_norm(norm)
+        if self.fuse_small or worth_fusing(x.stream):
+            return x.add_and_norm(norm)
+        stream = x.add()
+        return AddedNorm(stream, norm(stream))
+
+
+def set_fusing(module: nn.Module, *, small: bool) -> None:
+    """Whether the blocks inside `module` give small inputs to Triton's kernels too; see `personmae.models.fusing`."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.fuse_small = part.attn.fuse_small = small
 
 
 class Blocks(nn.ModuleList):

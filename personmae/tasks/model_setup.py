@@ -14,8 +14,9 @@ from personmae.data.labelled import LabelledImages
 from personmae.data.loaders import RegionBatch
 from personmae.interop.initial_weights import load_initial
 from personmae.models.attention import choose_attention, set_attention
+from personmae.models.fusing import FUSED_FROM
 from personmae.models.reid import ReidEncoder, plain_encoder
-from personmae.models.vit import VisionTransformer, initialise
+from personmae.models.vit import VisionTransformer, initialise, set_fusing
 from personmae.models.weights import is_reid_file, load_reid
 from personmae.models.zoo import ENCODERS
 from personmae.recipes.finetuning import RANDOM, TrainConfig
@@ -63,6 +64,10 @@ def place_model(model: nn.Module, encoder: ReidEncoder, config: TrainConfig, dev
     compilation = choose_compilation(config.compile, device)
     set_blocks(model, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
     operators = describe_operators(device)
+    if config.operators == "auto" and device.type == "cuda":
+        # No step is captured in a CUDA graph here.
+        set_fusing(model, small=False)
+        operators += f"; blocks of fewer than {FUSED_FROM:,} elements by PyTorch's own"
     return f"attention: {attention.kind} ({attention.reason}); operators: {operators}; blocks: {compilation}"
 
 
