@@ -32,7 +32,7 @@ from personmae.interop.transreid import TransreidVit
 from personmae.models import fusing
 from personmae.models.zoo import ENCODERS
 
-TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 5e-3}  # of the features' norm; theirs and ours sum in another order
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}  # of the features' norm; theirs and ours sum in another order
 
 
 class Peer(NamedTuple):
@@ -87,8 +87,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def time_all(peers: list[Peer], images: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each backbone with these images."""
-    check_equal(peers, images, "fp32")
-    check_equal(peers, images, options.precision)
+    for precision in dict.fromkeys(("fp32", options.precision)):
+        check_equal(peers, images, precision)
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.num_turns):
         for peer in peers:

@@ -29,9 +29,9 @@ from personmae.recipes.pretraining import pretrain_presets
 
 # The first that is found in a name; names of cuBLAS, xformers, Inductor and our own kernels, and of PyTorch's operators on a CPU.
 KINDS = {
-    "attention": r"attention|fmha|flash|short_attn|softmax|sdpa",
+    "attention": r"attention|fmha|flash|softmax|sdpa",
     "matrix products": r"gemm|nvjet|cutlass|cublas|xmma|aten::(add)?mm$|aten::bmm|aten::linear|mkldnn",
-    "layer norm": r"layer_?norm|add_ln",
+    "layer norm": r"layer_?norm",
     "losses": r"loss",
     "patches and tokens": r"patch|assemble|gather|scatter|index",
     "optimiser": r"adam|multi_tensor|ema|foreach|lerp|norm_kernel|l2norm",

@@ -30,7 +30,6 @@ from personmae.interop.initial_weights import encoder_of, load_initial, load_sta
 from personmae.models.attention import choose_attention, set_attention
 from personmae.models.identity_head import describe_of_camera
 from personmae.models.reid import ReidConfig, ReidEncoder
-from personmae.models.vit import set_fusing
 from personmae.models.weights import REID_FILE, is_reid_file, load_reid
 from personmae.training.processes import choose_device
 
@@ -163,7 +162,6 @@ def _open(
             model, name, describe = encoder, feature, encoder.describe
     model.to(device).eval()
     set_attention(model, choose_attention("auto", device, "bf16" if dtype == torch.bfloat16 else "fp32"))
-    set_fusing(model, small=False)
     return model, name, describe, size
 
 

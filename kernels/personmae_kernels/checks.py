@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,21 +20,6 @@ def axis_sizes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
 
         axis_sizes(tokens=(tokens, "B L D"), visible=(visible, "B V"))
     """
-    sizes: dict[str, int] = {}
-    device = None
-    for tensor, axes in arguments.values():
-        letters = axes.split()
-        if not isinstance(tensor, Tensor) or tensor.ndim != len(letters) or (device is not None and tensor.device != device):
-            _explain(arguments)
-        device = tensor.device
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            if size != (int(letter) if letter.isdigit() else sizes.setdefault(letter, size)):
-                _explain(arguments)
-    return sizes
-
-
-def _explain(arguments: dict[str, tuple[Tensor, str]]) -> NoReturn:
-    """Raises the error of `axis_sizes` for arguments that do not fit. Apart, for it costs more than the check, which every call pays."""
     sizes: dict[str, int] = {}
     source: dict[str, str] = {}
     first: str | None = None
@@ -58,7 +42,7 @@ def _explain(arguments: dict[str, tuple[Tensor, str]]) -> NoReturn:
                 sizes[letter], source[letter] = size, name
             elif sizes[letter] != size:
                 raise ValueError(f"{name}: axis {letter} of [{wanted}] is {size}, but {sizes[letter]} in {source[letter]}")
-    raise AssertionError("these arguments fit")
+    return sizes
 
 
 def check_dtype(allowed: torch.dtype | Sequence[torch.dtype], **tensors: Tensor) -> None:

@@ -118,7 +118,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int =
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     if device.type == "cuda":
-        with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        with torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
     else:
         interpreter.mend()

@@ -8,6 +8,7 @@ registered operator. Both have the same body and the same backward pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,10 +61,8 @@ class Operator:
                 needs_gradient = needs_gradient or value.requires_grad
         if not (needs_gradient and torch.is_grad_enabled()):
             return self._body(*inputs)
-        if self._function is None:
-            # PyTorch says that there is no gradient.
-            return self.registered(*inputs)
-        return self._function.apply(*inputs)
+        # Without a gradient the registered operator says so.
+        return self.registered(*inputs) if self._function is None else self._function.apply(*inputs)
 
 
 def _watched() -> bool:
@@ -73,8 +72,4 @@ def _watched() -> bool:
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Makes a function with annotated parameters an operator of this name, NAMESPACE::NAME."""
-
-    def make(body: Callable[..., Any]) -> Operator:
-        return Operator(name, body)
-
-    return make
+    return functools.partial(Operator, name)

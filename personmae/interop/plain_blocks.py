@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from personmae.models.attention import Attention, AttentionChoice, AttentionKind, choose_attention, set_attention
-from personmae.models.vit import Block, Residual, set_fusing
+from personmae.models.vit import Block, Residual
 
 
 class ChosenAttention(Attention):
@@ -45,8 +45,6 @@ class PlainBlock(Block):
         super().__init__(width, num_heads, mlp_ratio)
         self.attn = ChosenAttention(width, num_heads, attention)
         self.drop_rate = drop_rate
-        # Other people's loops are not captured in a CUDA graph.
-        set_fusing(self, small=False)
 
     def forward(self, x: Any, drop_path: Tensor | None = None) -> Any:
         """Tensor [B, N, D] -> Tensor [B, N, D], or Residual -> Residual. drop_path: see `Block`; None to draw it here."""

@@ -197,7 +197,7 @@ class _Heads(nn.Module):
         self.num_heads, self.head_size = num_heads, width // num_heads
         self.kind: str = "sdpa"
         self.replaced: tuple[int, str] | None = None  # up to so many tokens, this kind instead
-        self.fuse_small = True  # small inputs too get what replaces it; see `personmae.models.fusing`
+        self.fuse_small = False  # small inputs too get what replaces it; see `personmae.models.fusing`
 
     def kind_for(self, queries: int, keys: int) -> str:
         """The implementation for so many tokens."""

@@ -17,7 +17,7 @@ from personmae.configs import UserError
 from personmae.models.decoders import Decoder, DecoderConfig
 from personmae.models.masking import MaskingConfig, visible_count
 from personmae.models.regions import HIDDEN, ORIGINS, SEEN, cell_origins
-from personmae.models.vit import Encoded, VisionTransformer, VitConfig, initialise
+from personmae.models.vit import Encoded, VisionTransformer, VitConfig, initialise, set_fusing
 from personmae_kernels import feature_loss, patch_loss, patch_rows
 from personmae_kernels.reference import FeatureLossKind
 
@@ -95,6 +95,8 @@ class PersonMAE(nn.Module):
         # Each part has its own stream, so that the encoder starts the same whatever decoders it has.
         for number, part in enumerate(self.children()):
             initialise(part, torch.Generator().manual_seed(seed * 1000 + number))
+        # Steps of pre-training are captured in a CUDA graph.
+        set_fusing(self, small=True)
 
     def encode(self, inputs: RegionInputs) -> Encoded:
         """The encoder's tokens of the visible patches of region A."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae.configs import UserError
-from personmae.models.vit import VisionTransformer
+from personmae.models.vit import VisionTransformer, set_fusing
 from personmae.models.weights import load_encoder
 
 
@@ -37,6 +37,8 @@ class Teacher(nn.Module):
         self.encoder, self.width, self.with_class = encoder, width, with_class
         self.requires_grad_(False)
         self.eval()
+        # As the student's.
+        set_fusing(self, small=True)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ class Residual(NamedTuple):
     factors: Tensor | None = None  # float32 [B], 0 where the branch is dropped
     kept: Tensor | None = None  # int64 [K], ascending
 
-    def add_and_norm(self, norm: nn.LayerNorm) -> AddedNorm:
-        """The stream with its branch added, and the LayerNorm of that, in one pass."""
-        if self.branch is None or self.kept is not None:
+    def add_and_norm(self, norm: nn.LayerNorm, fused: bool = True) -> AddedNorm:
+        """The stream with its branch added, and the LayerNorm of that; fused: in one pass."""
+        if self.branch is None or self.kept is not None or not fused:
             stream = self.add()
             return AddedNorm(stream, norm(stream))
         return add_layer_norm(self.stream, self.branch, norm.weight, norm.bias, row_scale=self.factors, eps=norm.eps)
@@ -97,7 +97,7 @@ class Block(nn.Module):
     """Pre-norm transformer block."""
 
     # Triton's kernels compute small inputs too; see `set_fusing`.
-    fuse_small = True
+    fuse_small = False
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -115,23 +115,17 @@ class Block(nn.Module):
                 x = Residual(stream, branch(norm(stream.index_select(0, kept))), kept=kept)
             return x
         first, second = (None, None) if drop_path is None else (drop_path[0], drop_path[1])
-        stream, normed = self.add_and_norm(x, self.norm1)
-        stream, normed = self.add_and_norm(Residual(stream, self.attn(normed), first), self.norm2)
+        fused = self.fuse_small or worth_fusing(x.stream)
+        stream, normed = x.add_and_norm(self.norm1, fused)
+        stream, normed = Residual(stream, self.attn(normed), first).add_and_norm(self.norm2, fused)
         return Residual(stream, self.mlp(normed), second)
-
-    def add_and_norm(self, x: Residual, norm: nn.LayerNorm) -> AddedNorm:
-        """What stands before each branch; see `Residual`."""
-        if self.fuse_small or worth_fusing(x.stream):
-            return x.add_and_norm(norm)
-        stream = x.add()
-        return AddedNorm(stream, norm(stream))
 
 
 def set_fusing(module: nn.Module, *, small: bool) -> None:
-    """Whether the blocks inside `module` give small inputs to Triton's kernels too; see `personmae.models.fusing`."""
+    """Whether blocks and attention inside `module` give small inputs to Triton's kernels too; see `personmae.models.fusing`."""
     for part in module.modules():
-        if isinstance(part, Block):
-            part.fuse_small = part.attn.fuse_small = small
+        if isinstance(part, Block | Attention):
+            part.fuse_small = small
 
 
 class Blocks(nn.ModuleList):

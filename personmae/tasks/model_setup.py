@@ -64,9 +64,9 @@ def place_model(model: nn.Module, encoder: ReidEncoder, config: TrainConfig, dev
     compilation = choose_compilation(config.compile, device)
     set_blocks(model, compiled=compilation.compiled, checkpointing=config.checkpoint_activations)
     operators = describe_operators(device)
+    # Of operators that were asked for nothing is left out.
+    set_fusing(model, small=config.operators != "auto")
     if config.operators == "auto" and device.type == "cuda":
-        # No step is captured in a CUDA graph here.
-        set_fusing(model, small=False)
         operators += f"; blocks of fewer than {FUSED_FROM:,} elements by PyTorch's own"
     return f"attention: {attention.kind} ({attention.reason}); operators: {operators}; blocks: {compilation}"
 
