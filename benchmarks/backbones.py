@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from benchmarks._measure import RESULTS, spread, time_calls, write_result
 from personmae.interop.checkout_child import BUILDERS, use_checkout
 from personmae.interop.checkouts import checkout_root
 from personmae.interop.exports import CONTAINER
+from personmae.interop.pixel_features import timm_network
 from personmae.interop.transreid import TransreidVit
 from personmae.models import fusing
 from personmae.models.zoo import ENCODERS
@@ -156,15 +158,7 @@ def _autocast(images: Tensor, precision: str) -> torch.autocast:
 
 def timm_backbone(ours: TransreidVit, encoder: str, fused: bool) -> nn.Module:
     """timm's network of this size with our weights; fused: PyTorch's attention, else spelled out as in the ReID code bases."""
-    import timm
-
-    sizes = ENCODERS[encoder]
-    vit: Any = timm.models.VisionTransformer(
-        img_size=ours.image_size, embed_dim=sizes.width, depth=sizes.depth, num_heads=sizes.num_heads, num_classes=0
-    )
-    vit.patch_embed.proj.stride = (ours.stride, ours.stride)
-    vit.pos_embed = nn.Parameter(torch.empty_like(ours.pos_embed))
-    vit.load_state_dict(ours.state_dict())
+    vit: Any = timm_network(dataclasses.replace(ENCODERS[encoder], image_size=ours.image_size), ours.stride, ours.state_dict())
     for block in vit.blocks:
         block.attn.fused_attn = fused
     return vit

@@ -6,29 +6,46 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import personmae
 from personmae.configs import UserError, user_errors_exit
 
+
+class Command(NamedTuple):
+    """A subcommand. Its modules are imported when it is called: --help must not wait for torch."""
+
+    entry: str | None  # MODULE:FUNCTION, called with the config; None: it has subcommands of its own
+    config: str | None  # of personmae.recipes.programs, made from the flags; None: the module makes its own from them
+    what: str  # it does, in a line
+
+
 COMMANDS = {
-    "demo": "draw the built-in data set, pre-train, evaluate, write a report",
-    "pretrain": "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)",
-    "train": "TASK: holistic, occluded, usl or uda: train an encoder on a labelled set or without labels, score it, write a report",
-    "evaluate": "retrieval scores of runs, encoder files or anyone's features on labelled sets",
-    "pack": "pack a folder, list, zip, tar or LMDB of images into checked tar shards, for pre-training on millions",
-    "crop": "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)",
-    "data": "check SET FOLDER: a labelled set against its published counts; names: the sets that are known",
-    "extract": "features of a folder of images, into an .npz",
-    "search": "the pictures of a gallery that show who a query shows; keeps an index of the gallery",
-    "serve": "a local web page to search a gallery: drop a picture, browse results",
-    "export": "CHECKPOINT --to transreid, fast-reid, torchreid, timm, onnx ...: weights for other code",
-    "inspect": "FILE: what each code base would do with a file of weights",
-    "verify-export": "CHECKPOINT --to transreid --repo CHECKOUT: builds the real class there, and compares features",
-    "mannequins": "draw the built-in data set",
+    "demo": Command("demo:main", "DemoConfig", "draw the built-in data set, pre-train, evaluate, write a report"),
+    "pretrain": Command("pretrain:main", None, "pre-train on a folder of person crops (the same as torchrun personmae/pretrain.py, in one process)"),
+    "train": Command(
+        None, None, "TASK: holistic, occluded, usl or uda: train an encoder on a labelled set or without labels, score it, write a report"
+    ),
+    "evaluate": Command("tasks.retrieval:main", "RetrievalConfig", "retrieval scores of runs, encoder files or anyone's features on labelled sets"),
+    "pack": Command(
+        "tasks.packing:main", "PackConfig", "pack a folder, list, zip, tar or LMDB of images into checked tar shards, for pre-training on millions"
+    ),
+    "crop": Command("tasks.cropping:main", "CropConfig", "cut person crops from frames or videos with given boxes (MOT, CSV, JSON)"),
+    "data": Command(None, None, "check SET FOLDER: a labelled set against its published counts; names: the sets that are known"),
+    "extract": Command("tasks.extracting:main", "ExtractConfig", "features of a folder of images, into an .npz"),
+    "search": Command(
+        "tasks.searching:main", "SearchConfig", "the pictures of a gallery that show who a query shows; keeps an index of the gallery"
+    ),
+    "serve": Command("tasks.serving:main", "ServeConfig", "a local web page to search a gallery: drop a picture, browse results"),
+    "export": Command(
+        "tasks.exporting:main", "ExportConfig", "CHECKPOINT --to transreid, fast-reid, torchreid, timm, onnx ...: weights for other code"
+    ),
+    "inspect": Command("tasks.exporting:inspect", "InspectConfig", "FILE: what each code base would do with a file of weights"),
+    "verify-export": Command(
+        "tasks.exporting:verify", "VerifyConfig", "CHECKPOINT --to transreid --repo CHECKOUT: builds the real class there, and compares features"
+    ),
+    "mannequins": Command("tasks.drawing:main", "DrawConfig", "draw the built-in data set"),
 }
-
-
 TASKS = ("holistic", "occluded", "usl", "uda")
 
 
@@ -57,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def usage() -> str:
     """The commands, a line each."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {command.what}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: personmae COMMAND [flags]", "", *lines, "", "personmae COMMAND --help lists its flags"])
 
 
@@ -70,70 +87,18 @@ def _parse(config: Any, program: str, module: Any, arguments: list[str]) -> Any:
     return tyro.cli(config, prog=program, description=description, args=arguments)
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    # Each command's modules are imported when it is called: --help must not wait for torch.
-    program = f"personmae {command}"
-    if command == "pretrain":
-        from personmae import pretrain
-
-        pretrain.main(pretrain.from_command_line(arguments, program))
-    elif command == "demo":
-        from personmae import demo
-        from personmae.recipes.programs import DemoConfig
-
-        demo.main(_parse(DemoConfig, program, demo, arguments))
-    elif command == "train":
-        _run_task(arguments)
-    elif command == "evaluate":
-        from personmae.recipes.programs import RetrievalConfig
-        from personmae.tasks import retrieval
-
-        retrieval.main(_parse(RetrievalConfig, program, retrieval, arguments))
-    elif command == "data":
-        _run_data(arguments)
-    elif command == "pack":
-        from personmae.recipes.programs import PackConfig
-        from personmae.tasks import packing
-
-        packing.main(_parse(PackConfig, program, packing, arguments))
-    elif command == "crop":
-        from personmae.recipes.programs import CropConfig
-        from personmae.tasks import cropping
-
-        cropping.main(_parse(CropConfig, program, cropping, arguments))
-    elif command in ("export", "inspect", "verify-export"):
-        _run_export(command, arguments)
-    elif command in ("extract", "search", "serve"):
-        _run_features(command, arguments)
+def _run(name: str, arguments: list[str]) -> None:
+    command, program = COMMANDS[name], f"personmae {name}"
+    if command.entry is None:
+        {"train": _run_task, "data": _run_data}[name](arguments)
+        return
+    place, _, function = command.entry.partition(":")
+    module = importlib.import_module(f"personmae.{place}")
+    if command.config is None:
+        config = module.from_command_line(arguments, program)
     else:
-        from personmae.recipes.programs import DrawConfig
-        from personmae.tasks import drawing
-
-        drawing.main(_parse(DrawConfig, program, drawing, arguments))
-
-
-def _run_export(command: str, arguments: list[str]) -> None:
-    from personmae.recipes.programs import ExportConfig, InspectConfig, VerifyConfig
-    from personmae.tasks import exporting
-
-    if command == "export":
-        exporting.main(_parse(ExportConfig, "personmae export", exporting, arguments))
-    elif command == "inspect":
-        exporting.inspect(_parse(InspectConfig, "personmae inspect", exporting, arguments))
-    else:
-        exporting.verify(_parse(VerifyConfig, "personmae verify-export", exporting, arguments))
-
-
-def _run_features(command: str, arguments: list[str]) -> None:
-    from personmae.recipes.programs import ExtractConfig, SearchConfig, ServeConfig
-    from personmae.tasks import extracting, searching, serving
-
-    if command == "extract":
-        extracting.main(_parse(ExtractConfig, "personmae extract", extracting, arguments))
-    elif command == "serve":
-        serving.main(_parse(ServeConfig, "personmae serve", serving, arguments))
-    else:
-        searching.main(_parse(SearchConfig, "personmae search", searching, arguments))
+        config = _parse(getattr(importlib.import_module("personmae.recipes.programs"), command.config), program, module, arguments)
+    getattr(module, function)(config)
 
 
 def _run_task(arguments: list[str]) -> None:

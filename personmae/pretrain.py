@@ -39,7 +39,7 @@ from personmae.training.checkpoints import list_checkpoints
 from personmae.training.ema import MovingAverage
 from personmae.training.environment import commit, describe_environment
 from personmae.training.gradients import CaptureChoice, CapturedGradients, Compute, choose_capture, compute_gradients
-from personmae.training.logbook import Logbook, check_run_dir, explained_write
+from personmae.training.logbook import Logbook, check_run_dir
 from personmae.training.optimisers import build_optimiser, peak_learning_rate, update_weights
 from personmae.training.parallel import choose_parallel, exchange_gradients, gathered, shard, synchronised, whole_encoder, whole_state
 from personmae.training.precision import autocast, check_finite, make_deterministic
@@ -50,6 +50,7 @@ from personmae.training.resuming import checkpoint_state, load_to_resume, restor
 from personmae.training.schedules import ema_momentum, feature_ramp, learning_rate, num_steps
 from personmae.visuals.reconstructions import reconstruction_picture
 from personmae.visuals.report import write_report
+from personmae.whole_files import explained_write
 from personmae_kernels.launching import describe_operators, use_operators
 from personmae_kernels.sample_random import Stream, sample_seeds
 

@@ -1,5 +1,7 @@
 """The demo and the command, whole, on a few drawn images: it draws, pre-trains, evaluates, reports, and takes up where it was."""
 
+import contextlib
+import importlib
 import json
 import subprocess
 import sys
@@ -111,6 +113,18 @@ def test_a_reader_that_has_seen_enough_gives_no_traceback():
     command = f"{sys.executable} -m personmae data names | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_its_help(command, capsys):
+    with contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"personmae {command} " in out
+    # Of a command with flags, that of its own module.
+    if entry := cli.COMMANDS[command].entry:
+        first = importlib.import_module(f"personmae.{entry.partition(':')[0]}").__doc__.partition(":")[0].split()
+        assert " ".join(first[:4]) in out
 
 
 def test_help_needs_no_torch():

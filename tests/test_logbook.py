@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from personmae.configs import UserError
-from personmae.training.logbook import Logbook, Share, check_run_dir, describe_line, keep_lines_to, write_whole
+from personmae.training.logbook import Logbook, Share, check_run_dir, describe_line, keep_lines_to
+from personmae.whole_files import write_whole
 
 
 class Clock:
@@ -241,6 +242,7 @@ import os, sys
 from pathlib import Path
 from personmae.configs import UserError
 from personmae.training.logbook import check_run_dir
+from personmae.whole_files import write_whole
 
 if os.getuid() == 0:
     os.setuid(65534)

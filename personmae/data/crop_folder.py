@@ -31,10 +31,10 @@ from personmae.data.crops import CropPlan, crop_size, cut
 from personmae.data.frames import Delivery, Frames
 from personmae.data.images import UInt8Array, UnreadableImage, read_header
 from personmae.data.sequences import FrameSequence
+from personmae.whole_files import PARTIAL_SUFFIX, whole_path
 
 ImageKind = Literal["jpg", "png"]
 PARAMETERS, BOXES, REJECTED, UNREADABLE = "crop.json", "boxes.csv", "rejected.tsv", "unreadable.tsv"
-_PARTIAL = ".partial"
 _ENDS = {"jpg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 
 
@@ -71,7 +71,7 @@ def claimed(folder: Path, parameters: dict[str, Any]) -> Iterator[None]:
             except BlockingIOError:
                 raise UserError(f"another `personmae crop` is writing into {folder}; wait for it, or give another folder") from None
             _check_same(folder, parameters)
-            write_whole(folder / PARAMETERS, json.dumps(parameters, indent=2).encode())
+            _write(folder / PARAMETERS, json.dumps(parameters, indent=2).encode())
             yield
         finally:
             os.close(descriptor)
@@ -93,7 +93,7 @@ def _check_same(folder: Path, parameters: dict[str, Any]) -> None:
     try:
         found = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if any(entry.name != PARAMETERS + _PARTIAL for entry in folder.iterdir()):
+        if any(entry.name != PARAMETERS + PARTIAL_SUFFIX for entry in folder.iterdir()):
             raise UserError(f"{folder} holds files that are not of `personmae crop` (no {PARAMETERS}); give a new or empty folder") from None
         return
     except ValueError as error:
@@ -102,22 +102,10 @@ def _check_same(folder: Path, parameters: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds crops of other parameters ({'; '.join(changes)[:600]}); give another folder, or remove this one to cut anew")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file, whole or not at all."""
-    with _whole(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+def _write(path: Path, content: bytes) -> None:
+    """A file, whole or not at all. Not flushed to the disk: there are very many, and a crop is looked at before it is taken for done."""
+    with whole_path(path, flush=False, shared=False) as partial:
+        partial.write_bytes(content)
 
 
 class Cutter:
@@ -188,7 +176,7 @@ class Cutter:
         if frame.shape[:2] != (height, width):
             raise UnreadableImage(Path(source), f"its header says {width} x {height} pixels (w x h), its content {frame.shape[1]} x {frame.shape[0]}")
         for row in rows:
-            write_whole(self._folder / names.path(row), self._encode(cut(frame, plan.rectangles[row].tolist(), self._writing.max_side)))
+            _write(self._folder / names.path(row), self._encode(cut(frame, plan.rectangles[row].tolist(), self._writing.max_side)))
         return len(rows)
 
     def _encode(self, pixels: UInt8Array) -> bytes:
@@ -236,7 +224,7 @@ _HEADER = (
 
 def write_boxes(folder: Path, parts: Iterable[tuple[FrameSequence, CropPlan, CropNames, Frames, CutCrops]]) -> None:
     """boxes.csv: each crop with its frame, its box as given (pixels from 0), what was cut, and what the box file says of it; empty = it does not."""
-    with _whole(folder / BOXES) as file:
+    with whole_path(folder / BOXES, shared=False) as partial, open(partial, "wb") as file:
         lines = _Lines(file)
         table = csv.writer(lines, lineterminator="\n")
         table.writerow(_HEADER)
@@ -268,7 +256,7 @@ def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
         path.unlink(missing_ok=True)
         return
     clean = ("\t".join(field.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r") for field in row) for row in [header, *rows])
-    write_whole(path, "".join(line + "\n" for line in clean).encode("utf-8", errors="surrogateescape"))
+    _write(path, "".join(line + "\n" for line in clean).encode("utf-8", errors="surrogateescape"))
 
 
 def _shown(value: float) -> str:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.data.image_index import ImageIndex
 from personmae.data.images import UInt8Array, UnreadableImage
+from personmae.whole_files import whole_file
 
 # What is decoded by one thread at a time, in the order of the file.
 _IMAGES_PER_TASK = 64

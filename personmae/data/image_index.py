@@ -35,6 +35,7 @@ from personmae.data.packs.manifest import Verify, is_pack
 from personmae.data.sources import Listing, list_source
 from personmae.data.storage import FileStorage, Storage
 from personmae.data.verdicts import MAX_PIXELS, MAX_SIDE_PX, MIN_SIDE_PX, Limits, check_image
+from personmae.whole_files import whole_path
 
 # Changes when the file layout or what counts as readable does: older indexes are then built anew.
 _FORMAT = 2
@@ -333,11 +334,11 @@ def _same_names(blob: bytes, offsets: npt.NDArray[np.int64], names: Sequence[byt
 def _save(folder: Path, listing: Listing, table: _Table, limits: Limits) -> str | None:
     """Writes index.npz and rejected.tsv, whole or not at all. Returns why it could not, or None."""
     rejected = "".join(f"{_field(listing.root / os.fsdecode(listing.names[row]))}\t{reason}\n" for row, reason in sorted(table.reasons.items()))
-    partial = folder / f"index.{os.getpid()}.partial"
-    partial_list = folder / f"rejected.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        # The list gets its name first: the index says that both are there.
+        with whole_path(folder / "index.npz") as partial, whole_path(folder / "rejected.tsv") as partial_list, open(partial, "wb") as file:
+            partial_list.write_text("path\treason\n" + rejected, encoding="utf-8", errors="surrogateescape")
             np.savez(
                 file,
                 format=np.array([_FORMAT, *limits]),
@@ -352,15 +353,7 @@ def _save(folder: Path, listing: Listing, table: _Table, limits: Limits) -> str 
                 plain=table.plain,
                 reasons=np.frombuffer(json.dumps(table.reasons).encode(), dtype=np.uint8),
             )
-        partial_list.write_text("path\treason\n" + rejected, encoding="utf-8", errors="surrogateescape")
-        os.replace(partial_list, folder / "rejected.tsv")
-        os.replace(partial, folder / "index.npz")
     except OSError as error:
-        for file_name in (partial, partial_list):
-            try:
-                file_name.unlink(missing_ok=True)
-            except OSError:
-                continue
         return error.strerror or str(error)
     return None
 

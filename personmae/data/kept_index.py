@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.data.image_index import ImageIndex
 from personmae.data.storage import FileStorage, ShardStorage, Storage
+from personmae.whole_files import whole_file
 
 _COLUMNS = ("heights", "widths", "num_bytes", "checksums", "plain", "offsets")
 
@@ -45,7 +45,7 @@ def keep_index(source: Path, index: ImageIndex, path: Path) -> None:
     if isinstance(index.storage, ShardStorage):
         arrays["shards"] = np.frombuffer(json.dumps(index.storage.shards).encode(), dtype=np.uint8)
         arrays |= {"shard_numbers": index.storage.shard_numbers, "positions": index.storage.positions}
-    with whole_file(path, "make room or give write permission there") as file:
+    with whole_file(path) as file:
         np.savez(file, **arrays)
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from personmae.configs import UserError
-from personmae.data.atomic import PARTIAL_SUFFIX, whole_file
 from personmae.data.packs.manifest import PackedFile
 from personmae.data.remote import Store, StoreError, retried
 from personmae.data.storage import read_fully
+from personmae.whole_files import PARTIAL_SUFFIX, whole_file
 
 _SHARD_SUFFIX = ".tar"
 _POLL_SECONDS = 0.05

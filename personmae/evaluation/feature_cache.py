@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import personmae_kernels
 from personmae.data import images
+from personmae.whole_files import whole_path
 
 FeatureArray = npt.NDArray[np.float32]
 MAX_GIB = 10.0
@@ -124,21 +125,14 @@ class FeatureCache:
         num_bytes = sum(column.nbytes for column in columns.values())
         if num_bytes > self.max_gib * 2**30:
             return f"{num_bytes / 2**30:.2f} GiB of features are more than the {self.max_gib:g} GiB that the cache may take"
-        name = uuid.uuid4().hex
-        partial, final = self.folder / key / f"{name}.partial", self.folder / key / f"{name}.npz"
+        final = self.folder / key / f"{uuid.uuid4().hex}.npz"
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with whole_path(final) as partial, open(partial, "wb") as file:
                 np.savez(file, **columns)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, final)
             self.remove_oldest()
         except OSError as error:
             return f"cannot write {final.parent}: {error.strerror or error}"
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
         return None
 
     def remove_oldest(self) -> None:

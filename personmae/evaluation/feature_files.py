@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.data.records import GALLERY_CAMERA, JUNK_PERSON, QUERY_CAMERA
 from personmae.evaluation.feature_containers import Variables, read_mat, read_npz, read_torch
 from personmae.evaluation.inputs import id_array
 from personmae.evaluation.ranking import Labels
+from personmae.whole_files import whole_file
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
@@ -104,7 +104,7 @@ def write_feature_file(path: Path, features: FeatureFile) -> None:
         paths = getattr(features, f"{part}_paths")
         if paths is not None:
             columns[f"{part}_paths"] = np.array(paths, np.str_)
-    with whole_file(path, "make room or give write permission there") as file:
+    with whole_file(path) as file:
         np.savez(file, **columns)
 
 

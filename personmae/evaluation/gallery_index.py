@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.atomic import write_whole
 from personmae.evaluation.neighbours import faiss_problem, nearest_neighbours
+from personmae.whole_files import explained_write, write_whole
 
 IndexKind = Literal["flat", "ivf-pq"]
 FloatRows = npt.NDArray[np.float32]
@@ -130,7 +130,7 @@ class GalleryIndex:
 
     def _append(self, features: FloatRows) -> None:
         path, rows = self.folder / FEATURES, len(self.features)
-        try:
+        with explained_write(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path, "r+b" if path.exists() else "w+b") as file:
                 file.truncate(4 * rows * self.width)
@@ -138,8 +138,6 @@ class GalleryIndex:
                 file.write(np.ascontiguousarray(features, dtype=np.float32).data)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; make room or give write permission there") from error
         self.features = _mapped(path, rows + len(features), self.width)
 
     def _alive(self) -> FloatRows:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from personmae.evaluation.scores import REPORTED_RANKS, Scores
+from personmae.whole_files import write_whole
 
 QUERY_COLUMNS = ("query", "person", "camera", "average_precision", "inverse_negative_penalty", "first_match_rank", "num_matches")
 
@@ -20,7 +21,7 @@ def write_scores(path: Path, scores: Mapping[str, Scores], **about: Any) -> None
     """scores.json: {**about, "scores": {name: numbers, intervals, convention, what was left out}}. about: JSON-ready, such as the set and
     checkpoint."""
     content = {**about, "scores": {name: found.plain() for name, found in scores.items()}}
-    _write_whole(path, json.dumps(content, indent=2, allow_nan=False, default=_refuse) + "\n")
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False, default=_refuse) + "\n", parents=True)
 
 
 def query_rows(scores: Scores) -> list[dict[str, Any]]:
@@ -46,14 +47,18 @@ def write_query_table(path: Path, scores: Scores) -> None:
     """The rows of `query_rows` as CSV, or as JSON where the path ends in .json."""
     rows = query_rows(scores)
     if path.suffix == ".json":
-        _write_whole(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(rows, indent=1, allow_nan=False) + "\n", parents=True)
         return
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, QUERY_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    write_csv(path, QUERY_COLUMNS, rows)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV table with a line of names; entries of a row that are no column are left out."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, table.getvalue(), parents=True)
 
 
 def score_table(scores: Mapping[tuple[str, str], Scores]) -> str:
@@ -86,9 +91,3 @@ def _refuse(value: object) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{value!r} cannot stand in a JSON file")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from personmae import __version__
@@ -18,6 +17,7 @@ from personmae.configs import UserError, to_plain
 from personmae.interop.initial_weights import CARD, NORMALISATIONS, FittedState, Normalisation
 from personmae.interop.targets import TARGETS, TargetName
 from personmae.models.zoo import ENCODERS
+from personmae.whole_files import write_whole
 
 GraphName = Literal["onnx", "torch-export", "aotinductor"]  # files that are no weights, but a graph from pixels to features
 # All of them look into it, torchreid into no other.
@@ -98,7 +98,7 @@ def encoder_name(state: FittedState) -> str:
 
 
 def write_export(path: Path, export: Export) -> None:
-    """Write the file under a temporary name first: safetensors by its suffix, else as torch.save does, {CONTAINER: tensors, CARD: card}.
+    """Write the file, whole or not at all: safetensors by its suffix, else as torch.save does, {CONTAINER: tensors, CARD: card}.
 
     Raises UserError for a name that loaders take for another kind of file, and naming the file if the disk refuses.
     """
@@ -107,18 +107,13 @@ def write_export(path: Path, export: Export) -> None:
     wrong = [name for name in export.tensors if any(word in name for word in MISREAD)]
     assert not wrong, f"tensors that loaders skip: {wrong}"
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in export.tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata={"format": "pt", CARD: json.dumps(export.card)})
-        else:
-            torch.save({CONTAINER: tensors, CARD: export.card}, temporary)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path} ({error}); make room or give write permission there") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        content = save(tensors, metadata={"format": "pt", CARD: json.dumps(export.card)})
+    else:
+        buffer = io.BytesIO()
+        torch.save({CONTAINER: tensors, CARD: export.card}, buffer)
+        content = buffer.getvalue()
+    write_whole(path, content, parents=True)
 
 
 def how_to_load(path: Path, card: Mapping[str, Any]) -> list[str]:

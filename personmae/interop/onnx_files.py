@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +22,13 @@ import torch
 from personmae.configs import UserError
 from personmae.interop.initial_weights import CARD, FittedState
 from personmae.interop.pixel_features import PixelFeatures, example_images
+from personmae.whole_files import write_whole
 
 OPSET = 18
 
 
 def write_onnx(path: Path, state: FittedState, card: Mapping[str, Any], int8: bool = False) -> None:
-    """Write the encoder as one ONNX file, under a temporary name first; the card is in its metadata.
+    """Write the encoder as one ONNX file, whole or not at all; the card is in its metadata.
 
     int8: the weights of matrix products in 8 bits with a scale for each channel, activations quantised as they come (onnxruntime's dynamic
     quantisation): a quarter of the size, for CPUs. Raises UserError where onnx is missing or the disk refuses."""
@@ -50,15 +50,7 @@ def write_onnx(path: Path, state: FittedState, card: Mapping[str, Any], int8: bo
         model = _with_int8_weights(program.model_proto) if int8 else program.model_proto
     onnx.helper.set_model_props(model, {CARD: json.dumps(dict(card))})
     onnx.checker.check_model(model)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(model.SerializeToString())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}); make room or give write permission there") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, model.SerializeToString(), parents=True)
 
 
 def open_onnx(path: Path) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:

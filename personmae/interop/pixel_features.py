@@ -8,7 +8,7 @@ The network is timm's own; the normalisation of the pixels is inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae.interop.initial_weights import FittedState
+from personmae.models.vit import VitConfig
 
 BATCHES = (1, 3)  # that a graph is checked with
 
@@ -29,29 +30,35 @@ class PixelFeatures(nn.Module):
 
     def __init__(self, state: FittedState) -> None:
         super().__init__()
-        from timm.models.vision_transformer import VisionTransformer
-
         config = state.config
-        self.vit = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_px,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            num_classes=0,
-        )
-        # Overlapping patches, which timm has not: the same convolution in smaller steps.
-        patches: Any = self.vit.patch_embed
-        patches.proj.stride = (state.stride_px, state.stride_px)
-        self.vit.pos_embed = nn.Parameter(torch.empty_like(state.tensors["pos_embed"]))
-        self.vit.load_state_dict(state.tensors)
+        self.vit = timm_network(config, state.stride_px, state.tensors)
         self.register_buffer("mean", torch.tensor(config.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(config.std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:  # uint8 [B, H, W, 3] -> float32 [B, D]
         pixels = images.permute(0, 3, 1, 2).float() / 255
         return self.vit((pixels - self.mean) / self.std)
+
+
+def timm_network(config: VitConfig, stride_px: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """timm's VisionTransformer of this size with these weights, in its names; normalised pixels [B, 3, H, W] -> class token after the final norm."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_px,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=0,
+    )
+    # Overlapping patches, which timm has not: the same convolution in smaller steps.
+    patches: Any = vit.patch_embed
+    patches.proj.stride = (stride_px, stride_px)
+    vit.pos_embed = nn.Parameter(torch.empty_like(tensors["pos_embed"]))
+    vit.load_state_dict(tensors)
+    return vit
 
 
 def example_images(state: FittedState, batch: int) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,7 @@ Inputs and outputs: see pixel_features.py. `torch.export.load(FILE).module()(ima
 
 from __future__ import annotations
 
-import os
+import io
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -19,32 +19,30 @@ import torch
 from personmae.configs import UserError
 from personmae.interop.initial_weights import FittedState
 from personmae.interop.pixel_features import PixelFeatures, example_images
+from personmae.whole_files import write_whole
 
 MAX_BATCH = 4096
 
 
 def write_program(path: Path, state: FittedState, compiled: bool) -> None:
-    """Write a .pt2 file under a temporary name first, for batches of 1 to 4096. compiled: by AOTInductor, for this machine's kind of processor, which
+    """Write a .pt2 file, whole or not at all, for batches of 1 to 4096. compiled: by AOTInductor, for this machine's kind of processor, which
     needs a C++ compiler. Raises UserError where there is none, for another suffix, or if the disk refuses."""
     if path.suffix != ".pt2":
         raise UserError(f"{path}: programs of torch are written as .pt2; give such a name")
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+    content = io.BytesIO()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
             images = torch.from_numpy(example_images(state, 2))
             program = torch.export.export(PixelFeatures(state).eval(), (images,), dynamic_shapes={"images": {0: batch}})
             if compiled:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+                torch._inductor.aoti_compile_and_package(program, package_path=content)
             else:
-                torch.export.save(program, temporary)
-        os.replace(temporary, path)
+                torch.export.save(program, content)
     except (OSError, subprocess.CalledProcessError, torch._inductor.exc.InductorError) as error:
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); AOTInductor needs a C++ compiler (g++)") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content.getvalue(), parents=True)
 
 
 def open_program(path: Path, compiled: bool) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from personmae.configs import UserError, from_plain, to_plain
 from personmae.models.identity_head import IdentityHead, IdentityHeadConfig, NeckedEncoder
 from personmae.models.reid import ReidConfig, ReidEncoder
 from personmae.models.vit import VisionTransformer, VitConfig
+from personmae.whole_files import write_whole
 
 ENCODER, REID = "personmae", "personmae-reid"  # names of the header's entry
 REID_FILE = "reid.safetensors"  # of a fine-tuning run, the weights of its last epoch
@@ -23,7 +23,7 @@ AFTER_NECK = "after-neck"  # name of a note: the features that are compared are 
 
 
 def save_encoder(path: Path, encoder: VisionTransformer, notes: Mapping[str, str]) -> None:
-    """Write the encoder's weights, float32, under a temporary name first. notes: strings kept in the header (run, step).
+    """Write the encoder's weights, float32, whole or not at all. notes: strings kept in the header (run, step).
 
     Raises UserError naming the file if the disk refuses."""
     _write(path, encoder.state_dict(), ENCODER, to_plain(encoder.config), notes)
@@ -99,14 +99,7 @@ def _has_entry(path: Path, entry: str) -> bool:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], entry: str, header: Any, notes: Mapping[str, str]) -> None:
     plain = {name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(plain, temporary, metadata={"format": "pt", entry: json.dumps(header), **notes})
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot write {path} ({error}); make room or give write permission there") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, save(plain, metadata={"format": "pt", entry: json.dumps(header), **notes}))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

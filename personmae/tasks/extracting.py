@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.extraction import FeatureExtractor, FolderFeatures
 from personmae.recipes.programs import ExtractConfig, ExtractionConfig
+from personmae.whole_files import explained_write, whole_file
 
 Say = Callable[[str], object]
 
@@ -22,10 +22,11 @@ def main(config: ExtractConfig, say: Say = print) -> FolderFeatures:
     """Extract, write, and say what was left out. Raises UserError for paths that do not hold what they should."""
     if config.output.suffix.lower() != ".npz":
         raise UserError(f"{config.output}: features are written as .npz; give such a name")
+    with explained_write(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)
     extractor = open_extractor(config)
     found = extractor.folder(config.source, say=say)
     about = {"checkpoint": str(config.checkpoint), "identity": extractor.identity, "image_size": list(extractor.image_size), "unit_length": True}
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(config.output) as file:
         np.savez(file, features=found.features, names=np.array(found.names, np.str_), about=np.array(json.dumps(about)))
     say(f"{config.output}: features {list(found.features.shape)} of {config.source}")

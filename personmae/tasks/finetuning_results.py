@@ -20,9 +20,9 @@ from personmae.recipes.finetuning import TrainConfig
 from personmae.tasks.model_scores import Scored, camera_notes, cameras_known, evaluate_model
 from personmae.tasks.retrieval_results import draw_ranked_lists, write_evaluations, write_score_files
 from personmae.training.best_epoch import BestEpoch
-from personmae.training.logbook import explained_write
 from personmae.visuals.report import write_report
 from personmae.visuals.report_scores import LAST, START
+from personmae.whole_files import explained_write
 
 Say = Callable[[str], object]
 # On the way, without intervals.

@@ -24,9 +24,9 @@ from personmae.recipes.unsupervised import UnsupervisedConfig
 from personmae.tasks.model_scores import Scored
 from personmae.training.blocks import uncompiled
 from personmae.training.cluster_memory import ClusterMemory, cluster_means
-from personmae.training.logbook import explained_write, write_whole
 from personmae.training.processes import Processes
 from personmae.visuals.cluster_sheets import cluster_sheet
+from personmae.whole_files import explained_write, write_whole
 
 Say = Callable[[str], object]
 # Added to people and cameras of a source that is trained on jointly, so that the target's numbers mean other ones.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -11,42 +10,30 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from personmae.configs import UserError
 from personmae.data.reid import ReidSet
 from personmae.evaluation.inputs import labels_of_set
 from personmae.evaluation.protocol import Evaluation, ScoringConfig
-from personmae.evaluation.score_files import score_table, write_query_table, write_scores
+from personmae.evaluation.score_files import score_table, write_csv, write_query_table, write_scores
 from personmae.evaluation.scores import Scores
 from personmae.models.vit import VisionTransformer
-from personmae.training.logbook import write_whole
 from personmae.visuals.attention_maps import maps_of_files
 from personmae.visuals.ranked_lists import choose_queries, ranked_list_picture
 from personmae.visuals.ranked_page import rank_queries, write_ranked_page
 from personmae.visuals.report_scores import PRETRAINED, RANDOM
+from personmae.whole_files import write_whole
 
 
 def write_score_files(folder: Path, scores: Mapping[str, Scores], headline: str, **about: Any) -> None:
     """scores.json of all features, and queries.csv of the headline's. about: what stands beside the scores. Raises UserError if the disk refuses."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_scores(folder / "scores.json", scores, **about)
-        write_query_table(folder / "queries.csv", scores[headline])
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    write_scores(folder / "scores.json", scores, **about)
+    write_query_table(folder / "queries.csv", scores[headline])
 
 
 def write_tables(folder: Path, table: Mapping[tuple[str, str], Scores], rows: Sequence[Mapping[str, Any]]) -> None:
     """table.txt and scores.csv of all sets and features. rows: of one evaluation each. Raises UserError if the disk refuses."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "intervals"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "table.txt", score_table(table) + "\n")
-        with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    write_whole(folder / "table.txt", score_table(table) + "\n", parents=True)
+    write_csv(folder / "scores.csv", columns, rows)
 
 
 def write_evaluations(run: Path, contents: Sequence[Mapping[str, Any]], weights: str = "encoder.safetensors") -> None:

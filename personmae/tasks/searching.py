@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from personmae.configs import UserError
-from personmae.data.atomic import write_whole
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.storage import FileStorage
 from personmae.evaluation.gallery_index import GalleryIndex, new_gallery, open_gallery, stamp_of
@@ -21,6 +20,7 @@ from personmae.extraction import FeatureExtractor
 from personmae.recipes.programs import GalleryConfig, SearchConfig, ServeConfig
 from personmae.tasks.extracting import open_extractor
 from personmae.visuals.contact_sheet import SheetRow, write_contact_sheet
+from personmae.whole_files import write_whole
 
 Say = Callable[[str], object]
 # Pictures whose features are kept before the next ones are read: a stopped indexing goes on from there.

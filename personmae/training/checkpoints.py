@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from personmae.configs import UserError
+from personmae.whole_files import PARTIAL_SUFFIX, whole_path
 
 FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"step_(\d{7,})\.pt")
-PARTIAL_SUFFIX = ".partial"
 ASIDE_SUFFIX = ".aside"
 CHECKSUM_MARK = b"\npersonmae-sha256 "
 CHECKSUM_BYTES = len(CHECKSUM_MARK) + 64 + 1
@@ -62,20 +62,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], keep_l
         raise ValueError(f"step is {step}; it counts the optimiser steps done, from 0")
     content = {"format": "personmae", "version": FORMAT_VERSION, "step": step, "state": plain_state(state)}
     path = folder / f"step_{step:07d}.pt"
-    partial = folder / (path.name + PARTIAL_SUFFIX)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("step_*.pt" + PARTIAL_SUFFIX):
             stale.unlink(missing_ok=True)
-        try:
+        with whole_path(path, shared=False) as partial:
             _write_checked(partial, content)
             for later_step, later in list_checkpoints(folder):
                 if later_step > step:
                     later.rename(later.with_name(later.name + ASIDE_SUFFIX))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync_folder(folder)
         for _, old in list_checkpoints(folder)[:-keep_last]:
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -274,8 +269,6 @@ def _write_checked(path: Path, content: object) -> None:
                 raise
             raise hashed.error from error
         file.write(CHECKSUM_MARK + hashed.digest.hexdigest().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _verify_checksum(file: BinaryIO, path: Path) -> None:
@@ -302,18 +295,6 @@ def _blocks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
             return
         num_bytes -= len(block)
         yield block
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a folder; the rename itself is done.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _explain_write(error: OSError, path: Path, content: object) -> str:

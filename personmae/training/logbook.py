@@ -7,13 +7,12 @@ for the GPU.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from personmae.configs import UserError
+from personmae.whole_files import explained_write, write_whole
 
 Reduce = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 # A process that writes to a file rather than a terminal gets a line at most this often.
@@ -286,24 +286,8 @@ def keep_lines_to(path: Path, step: int) -> int:
         kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
         content = b"".join(line + b"\n" for line in kept)
         if content != path.read_bytes():
-            write_whole(path, content.decode())
+            write_whole(path, content)
     return len(lines) - len(kept)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that it is either the old one or the new one, never half. Raises UserError naming it if it
-    cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with explained_write(path):
-        try:
-            with open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _detached(value: Tensor | float) -> Tensor | float:
@@ -323,14 +307,3 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
     return step if isinstance(step, int) else None
-
-
-@contextlib.contextmanager
-def explained_write(path: Path) -> Iterator[None]:
-    """Around writing `path`: what the system refuses (a full disk, no permission) becomes a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make room or give write permission there, or choose another run folder"
-        ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from personmae.configs import UserError
-from personmae.training.logbook import explained_write, write_whole
+from personmae.whole_files import explained_write, write_whole
 
 
 class Quarantine:

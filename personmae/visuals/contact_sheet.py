@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from personmae.data.atomic import write_whole
 from personmae.data.images import UnreadableImage, read_image, resize
 from personmae.visuals.report_parts import data_uri, missing, text
+from personmae.whole_files import write_whole
 
 THUMBNAIL = (160, 80)  # height, width in pixels
 JPEG_QUALITY = 85

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from personmae.data.atomic import write_whole
 from personmae.data.images import resize
+from personmae.whole_files import write_whole
 
 _BLUE, _INK, _FAINT = "#0072B2", "#3a3f47", "#dfe3e8"
 _COLUMNS = 16

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from personmae.visuals.report_parts import (
     text,
 )
 from personmae.visuals.report_scores import score_section
+from personmae.whole_files import write_whole
 
 REPORT_NAME = "report.html"
 MAX_RECONSTRUCTIONS = 7
@@ -97,13 +97,7 @@ def write_report(run_dir: Path) -> Path:
     sections = [section for section in sections if section[2]]
     page = _page(run_dir.resolve().name, _subtitle(config, metrics, evaluations), sections)
     report = run_dir / REPORT_NAME
-    partial = run_dir / f"{REPORT_NAME}.partial"
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, report)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {report}: {error.strerror}") from error
+    write_whole(report, page)
     return report
 
 
@@ -146,7 +140,7 @@ def _subtitle(config: Any, metrics: Metrics, evaluations: Sequence[Any]) -> str:
         if isinstance(batch_size, int):
             parts.append(f"{done * batch_size:,} images seen")
         if is_number(last.get("epoch")):
-            parts.append(f"epoch {last['epoch']:g}")
+            parts.append(f"epoch {last['epoch']:.3g}")
     else:
         parts.append("no training was logged")
     sets = [str(reid_set) for evaluation in evaluations if (reid_set := setting(evaluation, "set"))]

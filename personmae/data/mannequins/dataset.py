@@ -26,12 +26,11 @@ from personmae.data.mannequins.camera import camera_of
 from personmae.data.mannequins.pictures import GALLERY, OCCLUDED, QUERY, TRAIN, UNLABELLED, MannequinsConfig, Picture, plan_pictures
 from personmae.data.mannequins.render import picture_pixels
 from personmae.data.worker_environment import worker_environment
+from personmae.whole_files import PARTIAL_SUFFIX, whole_path
 
 # Goes up with every change of the pictures, so that old drawings are told from new ones.
 GENERATOR_VERSION = 2
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
-# What a file is called until it is whole.
-_PARTIAL = ".partial"
 # How a worker's exit code says that its message is for the user.
 USERS_MISTAKE = 3
 _REPORT_EVERY = 20
@@ -110,7 +109,7 @@ def _is_there(root: Path, said: dict[str, Any]) -> bool:
             )
         return name == MANIFEST
     # A marker that was being written is all that an end before anything else leaves.
-    if any(entry.name != UNFINISHED + _PARTIAL for entry in root.iterdir()):
+    if any(entry.name != UNFINISHED + PARTIAL_SUFFIX for entry in root.iterdir()):
         raise UserError(f"{root} holds files that are no data set of mannequins (no {MANIFEST}); give a new or empty folder to draw into")
     return False
 
@@ -124,13 +123,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Complete or not at all: written beside, flushed, renamed."""
-    beside = path.with_name(path.name + _PARTIAL)
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with whole_path(path, shared=False) as partial:
+        partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _folders(root: Path, config: MannequinsConfig) -> list[Path]:
@@ -153,10 +147,8 @@ def _draw(root: Path, config: MannequinsConfig, plan: list[Picture], report: Cal
         if not _is_whole(path):
             quality = camera_of(config.draw_seed, config.city, picture.camera).jpeg_quality
             content = simplejpeg.encode_jpeg(picture_pixels(config, picture), quality=quality, colorspace="RGB", colorsubsampling="420")
-            with _refusals_told(root):
-                beside = path.with_name(path.name + _PARTIAL)
-                beside.write_bytes(content)
-                beside.replace(path)
+            with _refusals_told(root), whole_path(path, flush=False, shared=False) as partial:
+                partial.write_bytes(content)
         since += 1
         if since == _REPORT_EVERY:
             report(since)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO, cast
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.data.images import UnreadableImage
 from personmae.data.sources import IMAGE_SUFFIXES
+from personmae.whole_files import whole_file
 
 # JPEG, PNG and WebP hardly shrink any further; a flat bitmap may, so the rule begins at some size.
 MAX_EXPANSION = 100

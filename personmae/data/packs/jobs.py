@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.data.images import UnreadableImage
 from personmae.data.packs.entries import EntryReader, SourceKind, open_reader
 from personmae.data.packs.examining import EXAMINED, REJECTED, PackSettings, examine, plan_again
 from personmae.data.packs.manifest import WORK_FOLDER
 from personmae.data.packs.shards import ShardWriter, member_name, shard_name
 from personmae.data.packs.transcoding import Planned, packed_bytes
+from personmae.whole_files import whole_file
 
 # So many images that the system does not read, and such a share of a shard, are no longer about the images.
 MAX_LOST, MAX_LOST_RATIO = 32, 0.1

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file, write_whole
 from personmae.data.packs.duplicates import Duplicates
 from personmae.data.packs.entries import Entries, compressed_identity
 from personmae.data.packs.examining import PackSettings
@@ -20,6 +19,7 @@ from personmae.data.packs.jobs import ShardRecord
 from personmae.data.packs.manifest import MANIFEST_FILE, Manifest, PackedFile, manifest_bytes
 from personmae.data.packs.shards import shard_name
 from personmae.data.packs.transcoding import Change
+from personmae.whole_files import whole_file, write_whole
 
 REJECTED_FILE = "rejected.tsv"
 DUPLICATES_FILE = "duplicates.tsv"

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from personmae.configs import UserError
-from personmae.data.atomic import PARTIAL_SUFFIX, whole_file, write_whole
 from personmae.data.packs.crew import do_jobs
 from personmae.data.packs.duplicates import Duplicates, find_exact, find_near
 from personmae.data.packs.entries import Entries, SourceKind, compressed_identity, decompress_source, list_entries, source_kind, spool_file
@@ -32,6 +31,7 @@ from personmae.data.packs.examining import REJECTED, PackSettings
 from personmae.data.packs.jobs import Job, Verdicts, read_record, read_verdicts, record_file, verdicts_file
 from personmae.data.packs.joining import join_shards
 from personmae.data.packs.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, read_manifest
+from personmae.whole_files import PARTIAL_SUFFIX, whole_file, write_whole
 from personmae_kernels.sample_random import permutation
 
 # Another process that has finished nothing for so long is taken to be gone.

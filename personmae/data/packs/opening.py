@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from personmae.data.packs.joining import REJECTED_FILE
 from personmae.data.packs.manifest import Manifest, PackedFile, Verify, read_manifest
 from personmae.data.storage import ShardStorage
 from personmae.data.verdicts import MAX_SIDE_PX
+from personmae.whole_files import write_whole
 
 _COLUMNS: dict[str, type[np.generic]] = {
     "shards": np.int32,
@@ -142,13 +144,8 @@ def _read_remembered(file: Path) -> dict[str, Any]:
 
 def _remember(file: Path, verdicts: dict[str, list[Any]]) -> None:
     """Kept if the folder can be written: otherwise the files are read again next time."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(verdicts), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        return
+    with contextlib.suppress(UserError):
+        write_whole(file, json.dumps(verdicts), parents=True)
 
 
 def _map_column(folder: Path, name: str, kind: type[np.generic]) -> npt.NDArray[Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from personmae.data.atomic import write_whole
+from personmae.whole_files import write_whole
 
 INDEX_VERSION = "v1.2"
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from personmae.configs import UserError
-from personmae.data.atomic import whole_file
 from personmae.data.image_index import ImageIndex, user_cache
 from personmae.data.packs.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, PackedFile, parse_manifest
 from personmae.data.packs.opening import COLUMN_FILES, map_pack
@@ -20,6 +19,7 @@ from personmae.data.remote import Store, StoreError, retried
 from personmae.data.shard_cache import ShardCache, StreamConfig
 from personmae.data.storage import ShardStorage
 from personmae.data.streamed_storage import StreamedStorage
+from personmae.whole_files import whole_file
 
 Result = TypeVar("Result")
 
