@@ -140,7 +140,7 @@ def _subtitle(config: Any, metrics: Metrics, evaluations: Sequence[Any]) -> str:
         if isinstance(batch_size, int):
             parts.append(f"{done * batch_size:,} images seen")
         if is_number(last.get("epoch")):
-            parts.append(f"epoch {last['epoch']:.3g}")
+            parts.append(f"epoch {round(last['epoch'], 1):g}")
     else:
         parts.append("no training was logged")
     sets = [str(reid_set) for evaluation in evaluations if (reid_set := setting(evaluation, "set"))]
