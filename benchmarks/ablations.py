@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where data, runs and results go")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=3000, help="of a run at equal steps")
+    parser.add_argument("--steps", type=int, default=1500, help="of a run at equal steps")
     parser.add_argument("--no-equal-time", action="store_true", help="only at equal steps")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each with one thread")
     parser.add_argument("--num-test-ids", type=int, default=100)

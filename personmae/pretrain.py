@@ -238,11 +238,10 @@ def finish(config: PretrainConfig, student: VisionTransformer, teacher: VisionTr
     """Write the weights and the report; returns the sentence that says how the run ended. teacher: None if it did not change."""
     notes = {"run": config.run_dir.name, "preset": config.preset, "step": str(step), "data": Path(str(config.data.source)).name, "commit": commit()}
     weights = config.run_dir / "encoder.safetensors"
-    with explained_write(config.run_dir):
-        save_encoder(weights, student, notes)
-        if teacher is not None:
-            save_encoder(config.run_dir / "teacher.safetensors", teacher, notes)
-        report = write_report(config.run_dir)
+    save_encoder(weights, student, notes)
+    if teacher is not None:
+        save_encoder(config.run_dir / "teacher.safetensors", teacher, notes)
+    report = write_report(config.run_dir)
     if step < total:
         return f"stopped at step {step} of {total}; the same command continues from there"
     return f"done: {weights}, report {report}"

@@ -22,7 +22,6 @@ from personmae.tasks.retrieval_results import draw_ranked_lists, write_evaluatio
 from personmae.training.best_epoch import BestEpoch
 from personmae.visuals.report import write_report
 from personmae.visuals.report_scores import LAST, START
-from personmae.whole_files import explained_write
 
 Say = Callable[[str], object]
 # On the way, without intervals.
@@ -58,11 +57,10 @@ def write_weights(
     """reid.safetensors of the run, and encoder.safetensors where the encoder by itself is one of timm's terms; returns the first. more: notes."""
     notes = {"run": str(config.run_dir), "preset": config.preset, "step": str(step), **camera_notes(sets), **more}
     path = config.run_dir / REID_FILE
-    with explained_write(config.run_dir):
-        save_reid(path, encoder, head, notes)
-        plain = plain_encoder(encoder)
-        if plain is not None:
-            save_encoder(config.run_dir / "encoder.safetensors", plain, notes)
+    save_reid(path, encoder, head, notes)
+    plain = plain_encoder(encoder)
+    if plain is not None:
+        save_encoder(config.run_dir / "encoder.safetensors", plain, notes)
     return path
 
 
