@@ -403,7 +403,7 @@ def test_taken_up_where_it_was_left(crop, tmp_path, said, monkeypatch):
     boxes = "frame,x,y,w,h\n" + "".join(f"{frame},{8 * box},8,48,64\n" for frame in FRAMES for box in range(3))
     whole = crop(boxes, out="whole")
     written = []
-    write = crop_folder.write_whole
+    write = crop_folder.write_unflushed
 
     def full_disk(path, content):
         if path.suffix == ".png":
@@ -412,10 +412,10 @@ def test_taken_up_where_it_was_left(crop, tmp_path, said, monkeypatch):
             written.append(path)
         write(path, content)
 
-    monkeypatch.setattr(crop_folder, "write_whole", full_disk)
+    monkeypatch.setattr(crop_folder, "write_unflushed", full_disk)
     with pytest.raises(UserError, match=r"No space left on device; .* make room and call again: what is cut is kept"):
         crop(boxes, num_threads=1)
-    monkeypatch.setattr(crop_folder, "write_whole", write)
+    monkeypatch.setattr(crop_folder, "write_unflushed", write)
     assert len(files(tmp_path / "out")) == 7
     # A file that a lost machine never filled, and one of it that was cut short.
     (tmp_path / "out" / "seq/000001_00.png").write_bytes(b"")

@@ -71,7 +71,7 @@ def claimed(folder: Path, parameters: dict[str, Any]) -> Iterator[None]:
             except BlockingIOError:
                 raise UserError(f"another `personmae crop` is writing into {folder}; wait for it, or give another folder") from None
             _check_same(folder, parameters)
-            _write(folder / PARAMETERS, json.dumps(parameters, indent=2).encode())
+            write_unflushed(folder / PARAMETERS, json.dumps(parameters, indent=2).encode())
             yield
         finally:
             os.close(descriptor)
@@ -102,7 +102,7 @@ def _check_same(folder: Path, parameters: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds crops of other parameters ({'; '.join(changes)[:600]}); give another folder, or remove this one to cut anew")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_unflushed(path: Path, content: bytes) -> None:
     """A file, whole or not at all. Not flushed to the disk: there are very many, and a crop is looked at before it is taken for done."""
     with whole_path(path, flush=False, shared=False) as partial:
         partial.write_bytes(content)
@@ -176,7 +176,7 @@ class Cutter:
         if frame.shape[:2] != (height, width):
             raise UnreadableImage(Path(source), f"its header says {width} x {height} pixels (w x h), its content {frame.shape[1]} x {frame.shape[0]}")
         for row in rows:
-            _write(self._folder / names.path(row), self._encode(cut(frame, plan.rectangles[row].tolist(), self._writing.max_side)))
+            write_unflushed(self._folder / names.path(row), self._encode(cut(frame, plan.rectangles[row].tolist(), self._writing.max_side)))
         return len(rows)
 
     def _encode(self, pixels: UInt8Array) -> bytes:
@@ -256,7 +256,7 @@ def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
         path.unlink(missing_ok=True)
         return
     clean = ("\t".join(field.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r") for field in row) for row in [header, *rows])
-    _write(path, "".join(line + "\n" for line in clean).encode("utf-8", errors="surrogateescape"))
+    write_unflushed(path, "".join(line + "\n" for line in clean).encode("utf-8", errors="surrogateescape"))
 
 
 def _shown(value: float) -> str:
