@@ -1,7 +1,7 @@
 """What each choice of the method is worth: one is changed at a time, over seeds, at equal steps and at equal time, on the built-in data.
 
 python benchmarks/ablations.py [--folder runs/ablations] [--jobs 2]           all of it: between three and four hours on two cores
-python benchmarks/ablations.py --variants full "A1 target A" --seeds 0           a part of it; a part that is done is not done again
+python benchmarks/ablations.py --variants full "A1 target A" --seeds 0        a part of it; a part that is done is not done again
 
 Each variant pre-trains vit-nano on the unlabelled crops of a city, and its features are scored as they are, on whole people and on occluded ones. At
 equal time: a variant whose step is shorter than the full method's is also trained for as many steps more (fewer, where it is longer); where the two

@@ -242,7 +242,6 @@ import os, sys
 from pathlib import Path
 from personmae.configs import UserError
 from personmae.training.logbook import check_run_dir
-from personmae.whole_files import write_whole
 
 if os.getuid() == 0:
     os.setuid(65534)

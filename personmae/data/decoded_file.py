@@ -22,7 +22,7 @@ from tqdm import tqdm
 from personmae.configs import UserError
 from personmae.data.image_index import ImageIndex
 from personmae.data.images import UInt8Array, UnreadableImage
-from personmae.whole_files import whole_file
+from personmae.whole_files import explained_write, whole_file
 
 # What is decoded by one thread at a time, in the order of the file.
 _IMAGES_PER_TASK = 64
@@ -63,11 +63,9 @@ def open_decoded(
     lengths = image_lengths(index)
     total = int(lengths.sum())
     path = folder / f"{index.digest()}.u8"
-    try:
+    with explained_write(folder, _CURE):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f"{path.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; {_CURE}") from error
     try:
         # Ends with the descriptor, or with the process.
         fcntl.flock(lock, fcntl.LOCK_EX)

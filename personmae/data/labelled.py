@@ -16,6 +16,7 @@ from personmae.configs import UserError
 from personmae.data.image_index import ImageIndex, build_index
 from personmae.data.records import GALLERY_CAMERA, QUERY_CAMERA, PersonImage
 from personmae.data.reid.sets import ReidSet
+from personmae.whole_files import write_whole
 from personmae_kernels.sample_random import Stream, sample_seeds
 
 Int64Array = npt.NDArray[np.int64]
@@ -76,7 +77,7 @@ class TrainingSets:
 def open_labelled(images: Sequence[PersonImage], list_file: Path, announce: Callable[[str], None]) -> LabelledImages:
     """The index of labelled images. list_file: a text list of their paths, written here; the index is kept beside it, in a folder of that name.
 
-    Raises UserError if there are none, if none can be read, or if a path comes twice or holds a line break.
+    Raises UserError if there are none, if none can be read, if a path comes twice or holds a line break, or if the disk refuses.
     """
     if not images:
         raise UserError("the set has no training images; give one with a training part, as market1501=/data/market")
@@ -88,8 +89,7 @@ def open_labelled(images: Sequence[PersonImage], list_file: Path, announce: Call
         if "\n" in path or "\r" in path:
             raise UserError(f"{path!r} holds a line break; rename it")
         records[path] = image
-    list_file.parent.mkdir(parents=True, exist_ok=True)
-    list_file.write_text("".join(f"{path}\n" for path in records), encoding="utf-8", errors="surrogateescape")
+    write_whole(list_file, "".join(f"{path}\n" for path in records), parents=True)
     index = build_index(list_file, list_file.with_suffix(""), announce=announce)
     found = [records[str(index.path(sample))] for sample in range(len(index))]
     people, labels = np.unique([image.person for image in found], return_inverse=True)

@@ -23,7 +23,7 @@ from personmae.configs import UserError
 from personmae.data.packs.manifest import PackedFile
 from personmae.data.remote import Store, StoreError, retried
 from personmae.data.storage import read_fully
-from personmae.whole_files import PARTIAL_SUFFIX, whole_file
+from personmae.whole_files import PARTIAL_SUFFIX, explained_write, whole_file
 
 _SHARD_SUFFIX = ".tar"
 _POLL_SECONDS = 0.05
@@ -231,11 +231,9 @@ class ShardCache:
     def _lock_file(self, name: str) -> Iterator[int]:
         """A descriptor of a file to lock; the lock ends with it, or with the process."""
         path = self.folder / name
-        try:
+        with explained_write(path, "choose another --data.stream.folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another --data.stream.folder") from error
         try:
             yield descriptor
         finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from personmae.interop.exports import GraphName, how_to_load
+from personmae.whole_files import write_whole
 
 USE = """\
 ## Intended use, limits, law
@@ -23,9 +24,9 @@ These weights describe pictures of people so that pictures of the same person ca
 
 
 def write_model_card(path: Path, card: Mapping[str, Any]) -> Path:
-    """Write the card of an exported file beside it, as NAME.md; returns its path."""
+    """Write the card of an exported file beside it, as NAME.md; returns its path. Raises UserError if the disk refuses."""
     page = path.with_name(path.name + ".md")
-    page.write_text(model_card(path, card), encoding="utf-8")
+    write_whole(page, model_card(path, card))
     return page
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae.configs import UserError
-from personmae.whole_files import PARTIAL_SUFFIX, whole_path
+from personmae.whole_files import PARTIAL_SUFFIX, flush_folder, whole_path
 
 FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"step_(\d{7,})\.pt")
@@ -66,11 +66,13 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, object], keep_l
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("step_*.pt" + PARTIAL_SUFFIX):
             stale.unlink(missing_ok=True)
-        with whole_path(path, shared=False) as partial:
+        # Flushed before a later checkpoint is set aside: until then nothing is lost if the disk refuses.
+        with whole_path(path, flush=False, shared=False) as partial:
             _write_checked(partial, content)
             for later_step, later in list_checkpoints(folder):
                 if later_step > step:
                     later.rename(later.with_name(later.name + ASIDE_SUFFIX))
+        flush_folder(folder)
         for _, old in list_checkpoints(folder)[:-keep_last]:
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -269,6 +271,8 @@ def _write_checked(path: Path, content: object) -> None:
                 raise
             raise hashed.error from error
         file.write(CHECKSUM_MARK + hashed.digest.hexdigest().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _verify_checksum(file: BinaryIO, path: Path) -> None:

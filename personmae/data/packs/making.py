@@ -31,7 +31,7 @@ from personmae.data.packs.examining import REJECTED, PackSettings
 from personmae.data.packs.jobs import Job, Verdicts, read_record, read_verdicts, record_file, verdicts_file
 from personmae.data.packs.joining import join_shards
 from personmae.data.packs.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, read_manifest
-from personmae.whole_files import PARTIAL_SUFFIX, whole_file, write_whole
+from personmae.whole_files import PARTIAL_SUFFIX, explained_write, whole_file, write_whole
 from personmae_kernels.sample_random import permutation
 
 # Another process that has finished nothing for so long is taken to be gone.
@@ -196,12 +196,10 @@ def _prepare_folder(source: Path, folder: Path) -> None:
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{folder} lies in the source {source}, which would then hold its own pack; choose a folder elsewhere")
     work = folder / WORK_FOLDER
-    try:
+    with explained_write(folder):
         if folder.exists() and not work.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something else; choose a new or empty folder")
         work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; make room or give write permission there") from error
 
 
 def _check_plan(plan_file: Path, entries: Entries, settings: PackSettings, writes: bool) -> None:

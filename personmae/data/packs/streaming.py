@@ -19,7 +19,7 @@ from personmae.data.remote import Store, StoreError, retried
 from personmae.data.shard_cache import ShardCache, StreamConfig
 from personmae.data.storage import ShardStorage
 from personmae.data.streamed_storage import StreamedStorage
-from personmae.whole_files import whole_file
+from personmae.whole_files import explained_write, whole_file
 
 Result = TypeVar("Result")
 
@@ -109,10 +109,8 @@ def _index_folder(store: Store, manifest: bytes) -> Path:
 
 
 def _bring_columns(store: Store, manifest: Manifest, folder: Path, config: StreamConfig) -> None:
-    try:
+    with explained_write(folder, "choose another --data.index-dir"):
         (folder / "index").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --data.index-dir") from error
     for column in manifest.columns:
         # What a pack of this version does not need stays where it is, whatever its manifest says.
         if column.name in COLUMN_FILES:
